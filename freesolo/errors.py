@@ -1,0 +1,9 @@
+"""The two ways in which a run ends badly on purpose. Everything else is a bug and shows its traceback."""
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done as asked: a typo, a missing URL, settings that contradict. Exit code 2."""
+
+
+class JobError(Exception):
+    """What was asked for was tried and failed: bad data, a non-finite loss, a server that refuses. Exit code 1."""
