@@ -1,0 +1,226 @@
+"""Colour affinity of neighbouring pixels, and the loss by which masks follow it (BoxInst, arXiv:2012.02310, sec. 3.2).
+
+Legend of shapes beyond that of `freesolo.types`:
+    K     neighbours of a pixel: 8, the 3 x 3 window without its centre, in row order; k and K - 1 - k are opposite
+    h, w  height and width at stride 4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64, Shaped
+from torch import Tensor
+from torch.nn import functional
+
+NEIGHBOURS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0))
+"""Steps `(rows, columns)` to the K neighbours, in units of the dilation."""
+
+_WHITE_D65 = (0.95047, 1.0, 1.08883)
+_BRIGHTNESS_STEP = 0.008856  # below it CIE Lab is linear
+_GAMMA_STEP = 0.04045  # below it sRGB is linear
+
+
+@dataclass(frozen=True, slots=True)
+class PairwiseTerms:
+    """What the pairwise loss sums, before any mean is taken.
+
+    Attributes:
+        loss_sum: Sum over the selected pairs of each instance, `(N,)`.
+        pair_count: How many pairs were selected, `(N,)`; float, so that workers can add it up with `loss_sum`.
+    """
+
+    loss_sum: Float[Tensor, " N"]
+    pair_count: Float[Tensor, " N"]
+
+
+def rgb_to_lab(pixels: Shaped[Tensor, "*batch 3 H W"]) -> Float[Tensor, "*batch 3 H W"]:
+    """CIE Lab (D65, 2 degrees) of sRGB pixels in 0..255: L in 0..100, a and b about -128..127.
+
+    Written out channel by channel, so that neither autocast nor TF32 lowers its precision.
+    """
+    encoded = pixels.float() / 255.0
+    linear = torch.where(encoded > _GAMMA_STEP, ((encoded + 0.055) / 1.055) ** 2.4, encoded / 12.92)
+    red, green, blue = linear.unbind(dim=-3)
+    x = 0.412453 * red + 0.357580 * green + 0.180423 * blue
+    y = 0.212671 * red + 0.715160 * green + 0.072169 * blue
+    z = 0.019334 * red + 0.119193 * green + 0.950227 * blue
+    response_x, response_y, response_z = (
+        _lab_response(tristimulus / white) for tristimulus, white in zip((x, y, z), _WHITE_D65, strict=True)
+    )
+    return torch.stack(
+        (116.0 * response_y - 16.0, 500.0 * (response_x - response_y), 200.0 * (response_y - response_z)), dim=-3
+    )
+
+
+def colour_similarity(
+    pixels: Shaped[Tensor, "B 3 H W"],
+    valid_pixels: Bool[Tensor, "B H W"],
+    *,
+    stride: int = 4,
+    dilation: int = 2,
+    bottom_rows_ignored: int = 10,
+) -> Float[Tensor, "B K h w"]:
+    """How alike in colour each pixel of the down-scaled image and its neighbours are: `exp(-||Lab_a - Lab_b|| / 2)`.
+
+    Source: BoxInst (arXiv:2012.02310) sec. 3.2 and its released settings, as used by FreeSOLO (arXiv:2202.12181).
+
+    Args:
+        pixels: RGB in 0..255, not normalised; H and W multiples of `stride`.
+        valid_pixels: False in the padding.
+        stride: The image is average-pooled by it.
+        dilation: Distance to the neighbours, in pooled pixels.
+        bottom_rows_ignored: Rows at the bottom of each image, in rows of `pixels`, whose pairs do not count: COCO's
+            outlines are often missing there.
+
+    Returns:
+        Similarity in [0, 1], h = H / stride; 0 for a pair with an end in the padding (a pooled pixel with any padding
+        in it), in the ignored rows or outside the map. Symmetric: where neighbour k of pixel a is b,
+        neighbour K - 1 - k of b is a, with the same value.
+
+    Raises:
+        ValueError: If H or W is not a multiple of `stride`.
+    """
+    height, width = pixels.shape[-2:]
+    if height % stride or width % stride:
+        raise ValueError(f"an image of {height} x {width} is not a whole number of {stride} x {stride} blocks: pad it")
+    # Deviation: BoxInst counts its bottom rows in the photo's own pixels and scales them by the resize; these are rows
+    # of the resized image, because a batch does not carry the photo's size.
+    usable = _without_bottom_rows(valid_pixels, bottom_rows_ignored)
+    lab = rgb_to_lab(functional.avg_pool2d(pixels.float(), stride))
+    whole_blocks = functional.avg_pool2d(usable.float()[:, None], stride) == 1.0
+    padded_lab = functional.pad(lab, (dilation,) * 4)
+    padded_blocks = functional.pad(whole_blocks, (dilation,) * 4)
+    similarities = []
+    for step in NEIGHBOURS:
+        rows, columns = (slice(dilation * (1 + way), dilation * (1 + way) + size) for way, size in _along(step, lab))
+        distance = torch.linalg.vector_norm(lab - padded_lab[:, :, rows, columns], dim=1)
+        counts = (whole_blocks & padded_blocks[:, :, rows, columns])[:, 0]
+        similarities.append(torch.exp(-0.5 * distance) * counts)
+    return torch.stack(similarities, dim=1)
+
+
+def pairwise_affinity_loss(
+    mask_logits: Float[Tensor, "N H W"],
+    similarity: Float[Tensor, "N K H W"],
+    region: Bool[Tensor, "N H W"],
+    *,
+    min_similarity: float = 0.3,
+    dilation: int = 2,
+) -> Float[Tensor, ""]:
+    """Encourage neighbouring pixels of similar colour to share a mask label.
+
+    Source: BoxInst (arXiv:2012.02310) sec. 3.2, as used by FreeSOLO (arXiv:2202.12181) sec. 3.2. Where masks
+    share an image, or the mean is taken otherwise, use `pairwise_affinity_terms`.
+
+    Args:
+        mask_logits: Masks before the sigmoid, at stride 4. N may be 0.
+        similarity: Colour similarity in [0, 1] to each of the K neighbours, same stride.
+        region: Pixels that may contribute (inside the coarse box).
+        min_similarity: Pairs below it are ignored.
+        dilation: Distance to the neighbours, as it was for `similarity`.
+
+    Returns:
+        Mean over the selected pairs; 0, with a gradient, where none is selected.
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    own_map = torch.arange(similarity.shape[0], device=similarity.device)
+    terms = pairwise_affinity_terms(
+        mask_logits, similarity, own_map, region, min_similarity=min_similarity, dilation=dilation
+    )
+    return terms.loss_sum.sum() / terms.pair_count.sum().clamp(min=1.0)
+
+
+def pairwise_affinity_terms(
+    mask_logits: Float[Tensor, "N H W"],
+    similarity: Float[Tensor, "B K H W"],
+    image_index: Int64[Tensor, " N"],
+    region: Bool[Tensor, "N H W"],
+    *,
+    min_similarity: float = 0.3,
+    dilation: int = 2,
+) -> PairwiseTerms:
+    """The sums of `pairwise_affinity_loss` per instance, for instances that share their images' similarity maps.
+
+    `-log P(same label)`, `P = m_a m_b + (1 - m_a)(1 - m_b)`, is the same seen from either end of a pair, so four of the
+    eight directions are computed, each weighted by how many of its ends select it. No `(N, K, H, W)` tensor is made.
+
+    Args:
+        mask_logits: Masks before the sigmoid, at stride 4. N may be 0.
+        similarity: One map an image, from `colour_similarity`. Pairs that leave the map never count.
+        image_index: The map that each instance uses.
+        region: Pixels whose pairs may contribute.
+        min_similarity: Pairs below it are ignored.
+        dilation: Distance to the neighbours, as it was for `similarity`.
+
+    Returns:
+        Sums and counts, always in float32; both 0 for an instance that selects no pair. Sums carry a gradient.
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    _check_shapes(mask_logits, similarity, image_index, region)
+    inside, outside = functional.logsigmoid(mask_logits.float()), functional.logsigmoid(-mask_logits.float())
+    similar = similarity >= min_similarity
+    loss_sum = inside.new_zeros(inside.shape[0])
+    pair_count = inside.new_zeros(inside.shape[0])
+    forward = range(len(NEIGHBOURS) // 2, len(NEIGHBOURS))
+    for direction in forward:
+        a, b = _pair_ends(NEIGHBOURS[direction], mask_logits, dilation)
+        negative_log_same = -torch.logaddexp(inside[a] + inside[b], outside[a] + outside[b])
+        chosen_by_a = similar[:, direction][image_index][a] & region[a]
+        chosen_by_b = similar[:, len(NEIGHBOURS) - 1 - direction][image_index][b] & region[b]
+        weight = chosen_by_a.float() + chosen_by_b.float()
+        loss_sum = loss_sum + (negative_log_same * weight).sum(dim=(1, 2))
+        pair_count = pair_count + weight.sum(dim=(1, 2))
+    return PairwiseTerms(loss_sum, pair_count)
+
+
+def _lab_response(relative: Tensor) -> Tensor:
+    # The clamp only keeps the branch that `where` discards away from 0 ** (1 / 3), whose slope is infinite.
+    return torch.where(
+        relative > _BRIGHTNESS_STEP,
+        relative.clamp(min=_BRIGHTNESS_STEP) ** (1.0 / 3.0),
+        7.787 * relative + 16.0 / 116.0,
+    )
+
+
+def _without_bottom_rows(valid: Bool[Tensor, "B H W"], count: int) -> Bool[Tensor, "B H W"]:
+    rows = torch.arange(valid.shape[1], device=valid.device)
+    image_heights = torch.where(valid.any(dim=2), rows + 1, 0).amax(dim=1)
+    return valid & (rows[None, :, None] < (image_heights - count)[:, None, None])
+
+
+def _along(step: tuple[int, int], maps: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The step and the map's size along rows, and along columns."""
+    return (step[0], maps.shape[-2]), (step[1], maps.shape[-1])
+
+
+def _pair_ends(
+    step: tuple[int, int], maps: Tensor, dilation: int
+) -> tuple[tuple[slice, slice, slice], tuple[slice, slice, slice]]:
+    """Windows of an `(N, H, W)` map with the first and the second ends of all pairs that lie `step` apart."""
+    first, second = [], []
+    for way, size in _along(step, maps):
+        shift = way * dilation
+        first.append(slice(min(max(0, -shift), size), max(0, size - max(0, shift))))
+        second.append(slice(min(max(0, shift), size), max(0, size - max(0, -shift))))
+    everything = slice(None)
+    return (everything, first[0], first[1]), (everything, second[0], second[1])
+
+
+def _check_shapes(mask_logits: Tensor, similarity: Tensor, image_index: Tensor, region: Tensor) -> None:
+    if region.shape != mask_logits.shape:
+        raise ValueError(f"region {tuple(region.shape)} is not of the masks' shape {tuple(mask_logits.shape)}")
+    if similarity.shape[-2:] != mask_logits.shape[-2:]:
+        raise ValueError(
+            f"similarity of {tuple(similarity.shape[-2:])} for masks of {tuple(mask_logits.shape[-2:])}: "
+            "both must be at the same stride of the same padded batch"
+        )
+    if similarity.shape[1] != len(NEIGHBOURS):
+        raise ValueError(f"similarity to {similarity.shape[1]} neighbours, need {len(NEIGHBOURS)}")
+    if image_index.shape[0] != mask_logits.shape[0]:
+        raise ValueError(f"{image_index.shape[0]} map indices for {mask_logits.shape[0]} masks")

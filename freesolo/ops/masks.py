@@ -1,0 +1,166 @@
+"""Boolean masks: boxes, areas, centres, overlaps, and the forms in which they are stored.
+
+Masks are `(N, H, W)`; N may be 0 everywhere. Boxes `_xyxy` are pixel edges with exclusive x2 and y2: a one-pixel mask
+at row r and column c has the box `(c, r, c + 1, r + 1)`. Functions of tensors neither copy to the host nor wait for the
+device; those that encode to bytes do both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torch.nn import functional
+
+Rle: TypeAlias = dict[str, Any]
+"""COCO's compressed run-length encoding: `size` is `[height, width]`, `counts` text (so that JSON takes it)."""
+
+
+def boxes_xyxy(masks: Bool[Tensor, "N H W"]) -> Float[Tensor, "N 4"]:
+    """Tight boxes of masks as pixel edges `(x1, y1, x2, y2)`; all 0 for an empty mask."""
+    top, bottom = _extent(masks.any(dim=2))
+    left, right = _extent(masks.any(dim=1))
+    return torch.stack((left, top, right, bottom), dim=1).float()
+
+
+def boxes_xywh(masks: Bool[Tensor, "N H W"]) -> Float[Tensor, "N 4"]:
+    """Tight boxes of masks in COCO's stored format `(x, y, width, height)`; all 0 for an empty mask."""
+    left, top, right, bottom = boxes_xyxy(masks).unbind(dim=1)
+    return torch.stack((left, top, right - left, bottom - top), dim=1)
+
+
+def areas(masks: Bool[Tensor, "N H W"]) -> Int64[Tensor, " N"]:
+    """Pixels of each mask."""
+    return masks.flatten(1).sum(dim=1)
+
+
+def centre_of_mass(masks: Bool[Tensor, "N H W"]) -> Float[Tensor, "N 2"]:
+    """Mean position `(y, x)` of the pixels of each mask; `(0, 0)` for an empty mask.
+
+    A pixel sits at its centre: a one-pixel mask at row r and column c has the centre of mass `(r + 0.5, c + 0.5)`, in
+    the same coordinates as `boxes_xyxy`. Sums are of integers, so the result does not depend on their order.
+    """
+    row_mass, column_mass = masks.sum(dim=2), masks.sum(dim=1)
+    twice_area = 2 * row_mass.sum(dim=1).clamp(min=1)
+    moments = []
+    for mass in (row_mass, column_mass):
+        twice_position = 2 * torch.arange(mass.shape[1], device=masks.device) + 1
+        moments.append((mass * twice_position).sum(dim=1) / twice_area)
+    return torch.stack(moments, dim=1)
+
+
+def mask_iou(first: Bool[Tensor, "N ..."], second: Bool[Tensor, "M ..."]) -> Float[Tensor, "N M"]:
+    """Intersection over union of every pair; 0 where both masks are empty.
+
+    One matrix product of zeros and ones: exact in float32 for masks of up to 2**24 pixels, TF32 included. Autocast is
+    switched off, because bfloat16 cannot hold the counts.
+    """
+    with torch.autocast(device_type=first.device.type, enabled=False):
+        flat_first, flat_second = first.flatten(1).float(), second.flatten(1).float()
+        intersection = flat_first @ flat_second.T
+        union = flat_first.sum(dim=1)[:, None] + flat_second.sum(dim=1)[None, :] - intersection
+        return intersection / union.clamp(min=1.0)
+
+
+def resize_masks_soft(masks: Float[Tensor, "N h w"], height: int, width: int) -> Float[Tensor, "N H W"]:
+    """Soft masks resized bilinearly (pixel centres, no antialiasing)."""
+    resized = functional.interpolate(masks[:, None], size=(height, width), mode="bilinear", align_corners=False)
+    return resized[:, 0]
+
+
+def encode_rle(masks: Bool[Tensor, "N H W"]) -> list[Rle]:
+    """Run-length encode a stack of masks, one call of pycocotools for all of them.
+
+    Returns:
+        One encoding a mask, in order; an empty list for no masks.
+    """
+    if masks.shape[0] == 0:
+        return []
+    # COCO runs down columns: transposed here, the memory is already the (H, W, N) Fortran order that pycocotools wants.
+    columns_first = masks.transpose(1, 2).to(torch.uint8).contiguous().cpu().numpy()
+    encoded = coco_mask.encode(columns_first.transpose(2, 1, 0))
+    return [{"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+def decode_rle(rles: Sequence[Rle], height: int, width: int) -> Bool[Tensor, "N H W"]:
+    """Decode run-length encodings of one image's masks, one call of pycocotools for all of them.
+
+    Args:
+        rles: Compressed encodings; `counts` may be text or bytes.
+        height: Of the image, in px.
+        width: Of the image, in px.
+
+    Returns:
+        Masks on the CPU, `(0, height, width)` for none.
+
+    Raises:
+        ValueError: If an encoding is of another size.
+    """
+    for rle in rles:
+        if list(rle["size"]) != [height, width]:
+            raise ValueError(f"a mask of size {list(rle['size'])} (height, width) in an image of [{height}, {width}]")
+    if not rles:
+        return torch.zeros(0, height, width, dtype=torch.bool)
+    columns_first = coco_mask.decode(list(rles)).transpose(2, 1, 0)
+    return torch.from_numpy(columns_first).transpose(1, 2).bool().contiguous()
+
+
+def rle_from_coco(segmentation: list[list[float]] | Rle, height: int, width: int) -> Rle:
+    """The run-length encoding of a COCO annotation's `segmentation`, whichever of COCO's three forms it has.
+
+    Args:
+        segmentation: Polygons `[[x1, y1, x2, y2, ...], ...]` (their union), an uncompressed encoding (`counts` a list)
+            or a compressed one.
+        height: Of the image, in px.
+        width: Of the image, in px.
+
+    Raises:
+        ValueError: If there are no polygons, or an encoding is of another size.
+    """
+    if isinstance(segmentation, list):
+        if not segmentation:
+            raise ValueError("a segmentation without polygons")
+        return _as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"a mask of size {segmentation['size']} (height, width) in an image of [{height}, {width}]")
+    if isinstance(segmentation["counts"], list):
+        return _as_text(coco_mask.frPyObjects(segmentation, height, width))
+    return _as_text(segmentation)
+
+
+def pack_masks(masks: Bool[Tensor, "N H W"]) -> UInt8[np.ndarray, "N bytes"]:
+    """Masks as bits, eight pixels a byte in row order, the most significant first; each mask padded to whole bytes."""
+    return np.packbits(masks.flatten(1).cpu().numpy(), axis=1)
+
+
+def unpack_masks(packed: UInt8[Tensor, "N bytes"], height: int, width: int) -> Bool[Tensor, "N H W"]:
+    """The inverse of `pack_masks`, computed on the device that holds the bytes.
+
+    Raises:
+        ValueError: If the bytes are not those of `height` x `width` masks.
+    """
+    if packed.shape[1] != (height * width + 7) // 8:
+        raise ValueError(f"{packed.shape[1]} bytes a mask cannot be {height} x {width} pixels")
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, :, None] >> shifts) & 1
+    return bits.flatten(1)[:, : height * width].bool().view(-1, height, width)
+
+
+def _extent(occupied: Bool[Tensor, "N length"]) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:
+    """First occupied position and one past the last; both 0 where nothing is occupied."""
+    length = occupied.shape[1]
+    positions = torch.arange(length, device=occupied.device)
+    start = torch.where(occupied, positions, length).amin(dim=1)
+    end = torch.where(occupied, positions + 1, 0).amax(dim=1)
+    return torch.minimum(start, end), end  # with none occupied, start is `length` and end is 0
+
+
+def _as_text(rle: Rle) -> Rle:
+    counts = rle["counts"]
+    text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+    return {"size": [int(side) for side in rle["size"]], "counts": text}
