@@ -12,14 +12,14 @@ Boxes carry their format in the name: `_xyxy` are pixel edges (x2 and y2 exclusi
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def _to(value: object, device: torch.device | str) -> object:
+def _to(value: Any, device: torch.device | str) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
@@ -65,7 +65,7 @@ class Instances:
         """The instances of one image of the batch."""
         return self[self.image_index == image]
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> Instances:
         """The same record on another device."""
         return replace(self, **{field.name: _to(getattr(self, field.name), device) for field in fields(self)})
 
@@ -87,7 +87,7 @@ class ImageBatch:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> ImageBatch:
         """The same record on another device."""
         return replace(self, **{field.name: _to(getattr(self, field.name), device) for field in fields(self)})
 
@@ -129,7 +129,7 @@ class SegmentationBatch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> SegmentationBatch:
         """The same record on another device."""
         return replace(self, images=self.images.to(device), instances=self.instances.to(device))
 
