@@ -1,0 +1,183 @@
+"""Drawn masks with answers worked out by hand; the empty stack and the empty mask everywhere."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from freesolo.ops.masks import (
+    areas,
+    boxes_xywh,
+    boxes_xyxy,
+    centre_of_mass,
+    decode_rle,
+    encode_rle,
+    mask_iou,
+    pack_masks,
+    resize_masks_soft,
+    rle_from_coco,
+    unpack_masks,
+)
+
+NONE = torch.zeros(0, 4, 5, dtype=torch.bool)
+
+
+def draw(*pictures: str) -> torch.Tensor:
+    """Masks from pictures: rows separated by `/`, `#` inside."""
+    return torch.tensor([[[cell == "#" for cell in row] for row in picture.split("/")] for picture in pictures])
+
+
+ONE_PIXEL = "...../...../...#./....."
+CORNER = "##.../#..../...../....."
+EMPTY = "...../...../...../....."
+FULL = "#####/#####/#####/#####"
+APART = "#..../...../...../....#"
+
+
+def random_masks(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, height, width, generator=torch.Generator().manual_seed(seed)) > 0.6
+
+
+def test_boxes_have_exclusive_right_and_bottom_edges():
+    masks = draw(ONE_PIXEL, CORNER, EMPTY, FULL, APART)
+    expected = [[3, 2, 4, 3], [0, 0, 2, 2], [0, 0, 0, 0], [0, 0, 5, 4], [0, 0, 5, 4]]
+    assert boxes_xyxy(masks).tolist() == expected
+    assert boxes_xyxy(masks).dtype == torch.float32
+
+
+def test_stored_boxes_have_width_and_height():
+    masks = draw(ONE_PIXEL, CORNER, EMPTY, FULL)
+    assert boxes_xywh(masks).tolist() == [[3, 2, 1, 1], [0, 0, 2, 2], [0, 0, 0, 0], [0, 0, 5, 4]]
+
+
+def test_stored_boxes_agree_with_pycocotools():
+    masks = random_masks(5, 9, 7) & (torch.rand(5, 9, 7, generator=torch.Generator().manual_seed(1)) > 0.7)
+    assert boxes_xywh(masks).tolist() == coco_mask.toBbox(encode_rle(masks)).tolist()
+
+
+def test_areas_count_pixels():
+    assert areas(draw(ONE_PIXEL, CORNER, EMPTY, FULL)).tolist() == [1, 3, 0, 20]
+
+
+def test_centre_of_mass_is_in_pixel_edges_y_then_x():
+    # CORNER has pixels (0,0), (0,1), (1,0): centres y 0.5, 0.5, 1.5 and x 0.5, 1.5, 0.5, so 2.5 / 3 for both.
+    masks = draw(ONE_PIXEL, CORNER, EMPTY, FULL, APART)
+    expected = torch.tensor([[2.5, 3.5], [2.5 / 3, 2.5 / 3], [0.0, 0.0], [2.0, 2.5], [2.0, 2.5]])
+    torch.testing.assert_close(centre_of_mass(masks), expected)
+
+
+def test_centre_of_mass_is_exact_on_large_masks():
+    # 2048 x 2048 = 2**22 pixels; their positions sum to 2**32, where a float32 running sum would have lost track.
+    masks = torch.ones(1, 2048, 2048, dtype=torch.bool)
+    assert centre_of_mass(masks).tolist() == [[1024.0, 1024.0]]
+
+
+def test_mask_iou_of_every_pair():
+    first = draw(CORNER, EMPTY)
+    second = draw(CORNER, FULL, APART, EMPTY)
+    # CORNER (3 px) and FULL (20): 3 / 20. CORNER and APART (2) share (0,0): 1 / (3 + 2 - 1).
+    expected = [[1.0, 3 / 20, 1 / 4, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    torch.testing.assert_close(mask_iou(first, second), torch.tensor(expected))
+
+
+def test_mask_iou_is_exact_under_autocast():
+    masks = torch.zeros(2, 30, 31, dtype=torch.bool)
+    masks[0, :29], masks[1, 1:] = True, True  # 899 px each, 868 in common: neither count exists in bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        iou = mask_iou(masks, masks)
+    assert iou.dtype == torch.float32
+    torch.testing.assert_close(iou[0, 1].item(), 868 / 930)
+
+
+def test_resize_of_soft_masks_interpolates_between_pixel_centres():
+    # Two pixels to four: the new centres lie at old positions -0.25, 0.25, 0.75, 1.25, clamped to the outer centres.
+    resized = resize_masks_soft(torch.tensor([[[0.0, 1.0]]]), 1, 4)
+    assert resized.tolist() == [[[0.0, 0.25, 0.75, 1.0]]]
+    assert resize_masks_soft(torch.zeros(0, 3, 4), 6, 8).shape == (0, 6, 8)
+
+
+def test_no_masks_have_no_anything():
+    assert boxes_xyxy(NONE).shape == (0, 4)
+    assert boxes_xywh(NONE).shape == (0, 4)
+    assert areas(NONE).shape == (0,)
+    assert centre_of_mass(NONE).shape == (0, 2)
+    assert mask_iou(NONE, draw(FULL)).shape == (0, 1)
+    assert encode_rle(NONE) == []
+    assert decode_rle([], 4, 5).shape == (0, 4, 5)
+    packed = torch.from_numpy(pack_masks(NONE))
+    assert packed.shape == (0, 3)
+    assert unpack_masks(packed, 4, 5).shape == (0, 4, 5)
+
+
+def test_run_lengths_go_down_columns():
+    # ONE_PIXEL, column by column: 3 columns of 4 and 2 rows outside (14), 1 inside, 5 outside.
+    (rle,) = encode_rle(draw(ONE_PIXEL))
+    expected = coco_mask.frPyObjects({"size": [4, 5], "counts": [14, 1, 5]}, 4, 5)
+    assert rle == {"size": [4, 5], "counts": expected["counts"].decode()}
+
+
+def test_run_lengths_equal_one_call_of_pycocotools_a_mask():
+    masks = torch.cat((random_masks(3, 6, 11), torch.zeros(1, 6, 11, dtype=torch.bool)))
+    for rle, mask in zip(encode_rle(masks), masks, strict=True):
+        assert rle["counts"].encode() == coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))["counts"]
+
+
+def test_run_lengths_survive_json():
+    masks = torch.cat((random_masks(4, 13, 6), draw(FULL).new_zeros(1, 13, 6), draw(FULL).new_ones(1, 13, 6)))
+    decoded = decode_rle(json.loads(json.dumps(encode_rle(masks))), 13, 6)
+    assert decoded.is_contiguous()
+    assert torch.equal(decoded, masks)
+
+
+def test_run_lengths_of_bytes_decode_too():
+    rles = [{**rle, "counts": rle["counts"].encode()} for rle in encode_rle(draw(CORNER))]
+    assert torch.equal(decode_rle(rles, 4, 5), draw(CORNER))
+
+
+def test_run_lengths_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"\[4, 5\].*\[5, 4\]"):
+        decode_rle(encode_rle(draw(CORNER)), 5, 4)
+
+
+def test_coco_segmentations_of_each_form():
+    # Corners (1,1) to (4,3): columns 1..3, rows 1..2.
+    drawn = draw("...../.###./.###./.....")
+    polygon = [[1.0, 1.0, 4.0, 1.0, 4.0, 3.0, 1.0, 3.0]]
+    uncompressed = {"size": [4, 5], "counts": [5, 2, 2, 2, 2, 2, 5]}
+    (compressed,) = encode_rle(drawn)
+    as_bytes = {**compressed, "counts": compressed["counts"].encode()}
+    for segmentation in (polygon, uncompressed, compressed, as_bytes):
+        assert rle_from_coco(segmentation, 4, 5) == compressed
+
+
+def test_coco_segmentation_of_two_polygons_is_their_union():
+    polygons = [[0.0, 0.0, 1.0, 0.0, 1.0, 4.0, 0.0, 4.0], [4.0, 0.0, 5.0, 0.0, 5.0, 4.0, 4.0, 4.0]]
+    decoded = decode_rle([rle_from_coco(polygons, 4, 5)], 4, 5)
+    assert torch.equal(decoded, draw("#...#/#...#/#...#/#...#"))
+
+
+def test_coco_segmentations_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="without polygons"):
+        rle_from_coco([], 4, 5)
+    with pytest.raises(ValueError, match="size"):
+        rle_from_coco({"size": [5, 4], "counts": [20]}, 4, 5)
+
+
+@pytest.mark.parametrize("extent", [(1, 1), (2, 4), (3, 5), (7, 9)])
+def test_packed_masks_unpack_to_themselves(extent: tuple[int, int]):
+    masks = random_masks(3, *extent)
+    packed = pack_masks(masks)
+    assert packed.shape == (3, -(-extent[0] * extent[1] // 8))
+    assert torch.equal(unpack_masks(torch.from_numpy(packed), *extent), masks)
+
+
+def test_packed_masks_put_the_first_pixel_in_the_highest_bit():
+    # CORNER row by row: 11000 10000 00000 00000 -> 1100 0100 | 0000 0000 | 0000 (0000)
+    assert pack_masks(draw(CORNER)).tolist() == [[0b11000100, 0, 0]]
+
+
+def test_bytes_of_another_extent_are_refused():
+    with pytest.raises(ValueError, match="3 bytes a mask cannot be 5 x 5"):
+        unpack_masks(torch.from_numpy(pack_masks(draw(CORNER))), 5, 5)
