@@ -1,0 +1,61 @@
+# Everything a newcomer or CI runs. Needs Python 3.11, make and the package registries, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+# uv reads no pip settings; pass on the one that names extra places for wheels.
+UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
+SOURCES := freesolo jobs tests
+
+.DEFAULT_GOAL := help
+.PHONY: help environment demo test test-slow lint type format bench lock clean chromium
+
+help:  ## What can be made here
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+environment: $(READY)  ## A virtual environment with exact versions (about 1 minute, 2 GB)
+
+$(READY): pyproject.toml requirements.lock
+	@echo "environment: installing exact versions into $(VENV), about a minute"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit("freesolo needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(UV_INSTALL) -r requirements.lock
+	@$(UV_INSTALL) --no-deps --editable .
+	@touch $@
+
+test: $(READY) chromium  ## The tests (about 10 minutes on 2 cores)
+	@echo "test: unit, numerics, integration and end-to-end tests, about 10 minutes on 2 cores"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+
+test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, Free Mask at full size
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=3600 --durations=10
+
+lint: $(READY)  ## Format, lint and import layers
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/lint-imports
+
+type: $(READY)  ## mypy, strict
+	$(BIN)/mypy
+
+format: $(READY)  ## Put the code into its format
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+lock: $(READY)  ## Renew requirements.lock from pyproject.toml
+	$(BIN)/uv pip compile --quiet pyproject.toml --all-extras $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)") \
+		--no-emit-find-links --no-header --no-annotate --output-file requirements.lock.new
+	@(head -1 requirements.lock; sed 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock.new | grep -v '^freesolo') > requirements.lock.tmp
+	@mv requirements.lock.tmp requirements.lock && rm requirements.lock.new
+
+# The report page is tested in a real browser. Where there is none and Debian's packages can be installed, one is.
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		echo "test: installing Chromium for the report page's test" && \
+		apt-get update -qq >/dev/null && apt-get install -y -qq chromium >/dev/null; } || \
+		echo "test: no Chromium here: the report page's browser test will be skipped"
+
+clean:  ## Remove the environment and what tools leave behind
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis demo

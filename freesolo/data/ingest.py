@@ -1,0 +1,220 @@
+"""Streams of training batches: Ray Data reads, decodes and augments on the cluster's CPUs, one stream per train worker.
+
+    shards ──(read: whole windows, permuted)──▶ samples ──(view: decode, crop; a task a block)──▶ rows ──▶ batches
+
+Each train worker drives its own Ray Data execution over exactly the pieces that `data.order` gives it, in that order.
+No process sees the whole data set, and what has been consumed is known by counting steps.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.exceptions import RayTaskError
+
+from freesolo.data.labels import ImageLabels, read_label_file
+from freesolo.data.order import Order, Piece, StreamState, worker_pieces
+from freesolo.data.shards import DatasetManifest, Sample, ShardError, read_shard
+from freesolo.data.views import Row, View
+from freesolo.errors import JobError
+
+# What one decode task gets. Much smaller than Ray's default of 128 MiB, so that the samples of one shard are decoded in
+# parallel and little waits in the object store.
+BLOCK_BYTES = 4 * 2**20
+SAMPLES_PER_READ_BLOCK = 16
+# Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
+PIECES_PER_EXECUTION = 2000
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """A sample that could not be used, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBatch(Generic[Batch]):
+    """One batch of a worker's stream; `bad` samples are replaced in it by copies of good ones."""
+
+    content: Batch
+    bad: tuple[BadSample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStream(Generic[Batch]):
+    """The samples of a data set as batches, epoch after epoch.
+
+    Attributes:
+        dataset_url: Of the data set.
+        manifest: Its manifest.
+        labels_url: Label set to join, shard by shard; None: the data set's own annotations, where the view wants any.
+        view: How a sample becomes a row and rows become a batch.
+        order: The order of epochs.
+        batch_size: Samples of an optimiser step, all workers together.
+        accumulation_steps: Batches that this stream yields per optimiser step.
+        prefetch_batches: Batches made ready ahead of use.
+    """
+
+    dataset_url: str
+    manifest: DatasetManifest
+    labels_url: str | None
+    view: View[Batch]
+    order: Order
+    batch_size: int
+    accumulation_steps: int = 1
+    prefetch_batches: int = 2
+
+    @property
+    def samples(self) -> int:
+        """Samples in the data set."""
+        return self.manifest.samples
+
+    def batches(
+        self, state: StreamState, *, steps: int, worker: int = 0, workers: int = 1
+    ) -> Iterator[StreamBatch[Batch]]:
+        """The batches of one worker for the next `steps` steps: `steps * accumulation_steps` of them.
+
+        Raises:
+            JobError: A shard or label file cannot be read at all, or no sample of a batch is usable.
+        """
+        rows_per_batch = self.batch_size // workers // self.accumulation_steps
+        pieces = worker_pieces(
+            self.order, state, steps=steps, batch_size=self.batch_size, worker=worker, workers=workers
+        )
+        pending: list[Row] = []
+        for row in self._rows(pieces):
+            pending.append(row)
+            if len(pending) == rows_per_batch:
+                yield self._collate(pending)
+                pending = []
+
+    def _rows(self, pieces: Iterator[Piece]) -> Iterator[Row]:
+        while chunk := [piece for _, piece in zip(range(PIECES_PER_EXECUTION), pieces, strict=False)]:
+            dataset = ray.data.read_datasource(
+                _PieceSource([partial(_read_piece, self, piece) for piece in chunk], [len(piece) for piece in chunk]),
+                override_num_blocks=len(chunk),
+                ray_remote_args={"num_cpus": 0.5},  # waits for storage; also keeps it from fusing with decoding
+            ).map_batches(partial(_view_block, self.view), batch_size=None, batch_format="pyarrow", num_cpus=1)
+            try:
+                for table in dataset.iter_batches(
+                    batch_size=self.batch_size, batch_format="pyarrow", prefetch_batches=self.prefetch_batches
+                ):
+                    yield from table.to_pylist()
+            except RayTaskError as error:
+                if isinstance(error.cause, JobError):
+                    raise error.cause from None
+                raise
+
+    def _collate(self, rows: list[Row]) -> StreamBatch[Batch]:
+        bad = tuple(BadSample(row["key"], row["error"]) for row in rows if row["error"])
+        good = [row for row in rows if not row["error"]]
+        if not good:
+            raise JobError(f"{self.dataset_url}: no usable sample in a batch; first: {bad[0].key}: {bad[0].reason}")
+        whole = [good[i % len(good)] for i in range(len(rows))] if bad else rows
+        return StreamBatch(self.view.batch(whole), bad)
+
+
+def configure_ray_data(*, cpus: float | None = None) -> None:
+    """Set up Ray Data in this process, which must be a train worker's: ordered, quiet, blocks of `BLOCK_BYTES`.
+
+    Args:
+        cpus: The most that this process's streams may use; None: no limit.
+    """
+    context = DataContext.get_current()
+    context.target_max_block_size = BLOCK_BYTES
+    context.target_min_block_size = 1
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    if cpus is not None:
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(cpu=cpus)
+
+
+class _PieceSource(Datasource):
+    """One read task a piece."""
+
+    def __init__(self, readers: list[partial[Iterator[pa.Table]]], rows: list[int]) -> None:
+        super().__init__()
+        self._readers = readers
+        self._row_counts = rows
+
+    def get_name(self) -> str:
+        return "Shards"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(reader, BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None))
+            for reader, rows in zip(self._readers, self._row_counts, strict=True)
+        ]
+
+
+def _read_piece(stream: TrainingStream[Batch], piece: Piece) -> Iterator[pa.Table]:
+    """The samples of a piece with their labels, pickled, in the piece's order; runs in a Ray task.
+
+    A shard that ends early costs its missing samples: they come as errors, and the reader of the stream decides.
+    """
+    places = stream.order.permutation(piece.window)[piece.start : piece.stop]
+    slot_of_member = {int(member): slot for slot, member in enumerate(places)}
+    payloads: list[bytes | None] = [None] * len(piece)
+    reason = "missing from its shard"
+    member = 0
+    for index in piece.window.shards:
+        shard = stream.manifest.shards[index]
+        labels = _labels_by_key(stream.labels_url, shard.name)
+        try:
+            for offset, sample in enumerate(read_shard(stream.dataset_url, shard)):
+                slot = slot_of_member.get(member + offset)
+                if slot is not None:
+                    payloads[slot] = pickle.dumps((sample, labels.get(sample.key)))
+        except ShardError as error:
+            reason = str(error)
+        member += shard.samples
+    for start in range(0, len(payloads), SAMPLES_PER_READ_BLOCK):
+        block = payloads[start : start + SAMPLES_PER_READ_BLOCK]
+        yield pa.table(
+            {
+                "payload": pa.array(block, pa.binary()),
+                "error": [None if payload else reason for payload in block],
+                "seed": pa.array([[stream.order.seed, piece.window.epoch]] * len(block), pa.list_(pa.int64())),
+            }
+        )
+
+
+def _labels_by_key(labels_url: str | None, shard_name: str) -> dict[str, ImageLabels]:
+    if labels_url is None:
+        return {}
+    return {labels.key: labels for labels in read_label_file(labels_url, shard_name)}
+
+
+def _view_block(view: View[Batch], block: pa.Table) -> pa.Table:
+    """Decode and crop the samples of a block; runs in a Ray task."""
+    rows = [_view_row(view, record) for record in block.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=view.schema)
+
+
+def _view_row(view: View[Batch], record: Row) -> Row:
+    if record["error"]:
+        return {"key": "?", "error": record["error"]}
+    sample: Sample
+    sample, labels = pickle.loads(record["payload"])
+    # A sample's augmentation depends on the seed, the epoch and the sample, not on who reads it or when.
+    random = np.random.default_rng([*record["seed"], sample.image_id])
+    return view.row(sample, labels, random)

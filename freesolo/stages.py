@@ -1,0 +1,99 @@
+"""A run and its stages, as folders.
+
+    <storage>/<run name>/<stage>/settings.json   what the stage was asked to do; a second submission must ask the same
+                                 result.json     what came of it; written last, so its presence means that it is done
+                                 ...             the stage's own files: checkpoints, metrics, model, label set
+
+A job names its run, so submitting it again goes on where it stopped, and a finished stage is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from freesolo.data.files import exists, join, read_bytes, write_atomic
+from freesolo.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class StageFolder:
+    """Where a stage of a run keeps everything it makes."""
+
+    storage: str
+    run_name: str
+    stage: str
+
+    @property
+    def run_url(self) -> str:
+        """Folder of the whole run."""
+        return join(self.storage, self.run_name)
+
+    @property
+    def url(self) -> str:
+        """Folder of the stage."""
+        return join(self.run_url, self.stage)
+
+    def sibling(self, stage: str) -> StageFolder:
+        """Another stage of the same run."""
+        return StageFolder(self.storage, self.run_name, stage)
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What came of a stage.
+
+    Attributes:
+        stage: Its name.
+        seconds: Time it took, all attempts' work that led to the result.
+        outputs: URLs of what it made: `model`, `labels`, `report` ...
+        counts: Images, instances, steps ...
+        metrics: Last losses, or an evaluation's figures.
+    """
+
+    stage: str
+    seconds: float
+    outputs: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+def run_stage(folder: StageFolder, settings: dict[str, Any], work: Callable[[], StageResult]) -> StageResult:
+    """Do a stage's work, unless it is done already.
+
+    Args:
+        folder: Of the stage.
+        settings: All that determines the result, JSON-able.
+        work: Does it, going on from what an earlier attempt left in the folder.
+
+    Raises:
+        UsageError: The folder belongs to a stage with other settings; names the first that differ.
+    """
+    settings_url, result_url = join(folder.url, "settings.json"), join(folder.url, "result.json")
+    wanted = json.loads(json.dumps(settings))
+    if exists(settings_url):
+        differences = _differences(json.loads(read_bytes(settings_url)), wanted)
+        if differences:
+            raise UsageError(
+                f"{folder.url}: run {folder.run_name!r} was started with other settings: {'; '.join(differences[:3])}; "
+                "choose another --run-name, or the same settings"
+            )
+    if exists(result_url):
+        return StageResult(**json.loads(read_bytes(result_url)))
+    write_atomic(settings_url, json.dumps(wanted, indent=1).encode())
+    result = work()
+    write_atomic(result_url, json.dumps(asdict(result), indent=1).encode())
+    return result
+
+
+def _differences(there: Any, wanted: Any, key: str = "") -> list[str]:
+    """The settings that differ, as `section.field: old, now new`."""
+    if isinstance(there, dict) and isinstance(wanted, dict):
+        return [
+            difference
+            for name in sorted({*there, *wanted})
+            for difference in _differences(there.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if there == wanted else [f"{key}: {there!r}, now {wanted!r}"]

@@ -1,0 +1,226 @@
+"""The training loop: DenseCL and SOLO alike, one worker or many, from step 0 or from a checkpoint.
+
+All randomness of a step comes from (seed, step, micro-batch, worker), and the stream's position is a function of the
+step: a checkpoint needs no generator state, and a resumed run computes what an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from freesolo.config import LoopSettings, OptimizerSettings
+from freesolo.data.order import StreamState, advance
+from freesolo.errors import JobError
+from freesolo.ops.collectives import rank, sum_over_workers, world_size
+from freesolo.train.learner import Learner
+from freesolo.train.schedule import learning_rate
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: all that a checkpoint holds beside the learner's weights.
+
+    Attributes:
+        step: Optimiser steps done.
+        stream: What the stream has still to give.
+        bad_samples: Unusable samples met so far, all workers together.
+    """
+
+    step: int = 0
+    stream: StreamState = StreamState()
+    bad_samples: int = 0
+
+
+class Batches(Protocol):
+    """Where batches come from; `data.ingest.TrainingStream` is one."""
+
+    @property
+    def samples(self) -> int:
+        """Samples in the data set."""
+
+    def batches(self, state: StreamState, *, steps: int, worker: int, workers: int) -> Iterator[Any]:
+        """One worker's batches for the next `steps` steps, each with `content` and `bad`."""
+
+
+class Recorder(Protocol):
+    """Who is told. Called on every worker at the same steps; only worker 0's metrics are for keeps."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """The means over the steps since the last call."""
+
+    def samples(self, step: int, image_ids: tuple[int, ...]) -> None:
+        """Which samples a step of this worker used."""
+
+    def picture(self, step: int, batch: Any) -> None:
+        """Time to look at predictions on a batch."""
+
+    def checkpoint(self, progress: Progress) -> None:
+        """Time to save."""
+
+
+def train(
+    learner: Learner,
+    stream: Batches,
+    settings: LoopSettings,
+    optimizer_settings: OptimizerSettings,
+    recorder: Recorder,
+    *,
+    progress: Progress | None = None,
+    max_bad_samples: float = 0.0,
+) -> Progress:
+    """Train until `settings.steps`.
+
+    Args:
+        learner: Model, optimiser and device; changed in place.
+        stream: The batches.
+        settings: How long, how often.
+        optimizer_settings: The learning rate's schedule and clipping.
+        recorder: Is told of metrics, pictures and checkpoints.
+        progress: Where to go on from; None: the start.
+        max_bad_samples: Share of samples that may be unusable.
+
+    Returns:
+        The progress at the end.
+
+    Raises:
+        JobError: A loss is not finite, or too many samples are unusable. Raised on every worker alike.
+    """
+    progress = progress or Progress()
+    worker, workers = rank(), world_size()
+    steps_left = settings.steps - progress.step
+    batches = stream.batches(progress.stream, steps=steps_left, worker=worker, workers=workers)
+    module = _synchronised(learner.task.module)
+    tally = _Tally(settings, stream.samples, max_bad_samples, progress)
+
+    for step in range(progress.step, settings.steps):
+        rate = learning_rate(step, optimizer_settings, settings.steps)
+        learner.set_learning_rate(rate)
+        for micro_step in range(settings.accumulation_steps):
+            batch = tally.next_batch(batches)
+            recorder.samples(step, batch.content.image_ids)
+            generator = _generator(settings.seed, step, micro_step, worker, device=learner.device)
+            inputs = learner.task.prepare(batch.content.to(learner.device), generator)
+            with _no_sync_before_last(module, micro_step, settings.accumulation_steps):
+                with learner.autocast():
+                    losses: dict[str, Tensor] = module(inputs, step)
+                torch.stack(list(losses.values())).sum().div(settings.accumulation_steps).backward()
+            tally.add(losses, batch.content.image_ids, len(batch.bad))
+        gradient_norm = learner.clip_gradients(optimizer_settings.gradient_clip_norm)
+        learner.step()
+        learner.task.after_step(step)
+
+        done = step + 1
+        tally.check(done)
+        last = done == settings.steps
+        if done % settings.log_every == 0 or last:
+            recorder.metrics(done, {**tally.means(), "learning_rate": rate, "gradient_norm": float(gradient_norm)})
+        if settings.overlay_every and (done % settings.overlay_every == 0 or last):
+            recorder.picture(done, inputs)
+        if done % settings.checkpoint_every == 0 or last:
+            seen = advance(progress.stream, done - progress.step, stream.samples, settings.batch_size, workers)
+            recorder.checkpoint(Progress(done, seen, tally.bad_samples))
+    return replace(progress, step=settings.steps)
+
+
+class _Tally:
+    """Losses, times and bad samples of the steps since the last look, summed over workers."""
+
+    def __init__(self, settings: LoopSettings, samples: int, max_bad_samples: float, progress: Progress) -> None:
+        self._settings = settings
+        self._samples = samples
+        self._max_bad_samples = max_bad_samples
+        self.bad_samples = progress.bad_samples
+        self._bad_here: list[str] = []
+        self._bad_this_step = 0
+        self._losses: dict[str, float] = {}
+        self._micro_losses: list[dict[str, Tensor]] = []
+        self._image_ids: list[int] = []
+        self._steps = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def next_batch(self, batches: Iterator[Any]) -> Any:
+        started = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - started
+        self._bad_here += [f"{bad.key} ({bad.reason})" for bad in batch.bad][: 5 - len(self._bad_here)]
+        return batch
+
+    def add(self, losses: dict[str, Tensor], image_ids: tuple[int, ...], bad_samples: int) -> None:
+        self._micro_losses.append({name: loss.detach() for name, loss in losses.items()})
+        self._image_ids += image_ids
+        self._bad_this_step += bad_samples
+
+    def check(self, step: int) -> None:
+        """Share the step's losses among the workers, so that all stop together when one has to."""
+        names = list(self._micro_losses[0])
+        count = len(self._micro_losses)
+        sums = [torch.stack([losses[name] for losses in self._micro_losses]).sum() / count for name in names]
+        shared = torch.stack([*sums, torch.tensor(float(self._bad_this_step), device=sums[0].device)]).float()
+        *means, bad = (sum_over_workers(shared) / world_size()).tolist()
+        if not np.isfinite(means).all():
+            finite_here = bool(shared.isfinite().all())
+            culprits = _from_all_workers([] if finite_here else self._image_ids)
+            values = ", ".join(f"{name}={mean:g}" for name, mean in zip(names, means, strict=True))
+            raise JobError(f"step {step}: a loss is not finite ({values}); image ids of the batch: {culprits}")
+        self.bad_samples += round(bad * world_size())
+        allowed = self._max_bad_samples * max(self._samples, step * self._settings.batch_size)
+        if self.bad_samples > allowed:
+            named = _from_all_workers(self._bad_here)
+            raise JobError(
+                f"step {step}: {self.bad_samples} unusable samples, more than the {allowed:g} that "
+                f"stream.max_bad_samples={self._max_bad_samples:g} allows; first: {'; '.join(map(str, named[:5]))}"
+            )
+        for name, mean in zip(names, means, strict=True):
+            self._losses[name] = self._losses.get(name, 0.0) + mean
+        self._steps += 1
+        self._micro_losses, self._image_ids, self._bad_this_step = [], [], 0
+
+    def means(self) -> dict[str, float]:
+        """Mean losses and rates since the last call."""
+        elapsed = time.perf_counter() - self._since
+        values = {f"loss/{name}": total / self._steps for name, total in self._losses.items()}
+        values["loss"] = sum(values.values())
+        values["images_per_second"] = self._steps * self._settings.batch_size / elapsed
+        values["data_wait_share"] = self._waited / elapsed
+        values["bad_samples"] = float(self.bad_samples)
+        self._losses, self._steps, self._waited, self._since = {}, 0, 0.0, time.perf_counter()
+        return values
+
+
+def _generator(*numbers: int, device: torch.device) -> torch.Generator:
+    """A generator that is a function of some numbers and nothing else."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _synchronised(module: nn.Module) -> nn.Module:
+    if world_size() == 1:
+        return module
+    # Buffers are not broadcast: queues are equal by construction, and batch statistics are each worker's own.
+    return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def _no_sync_before_last(
+    module: nn.Module, micro_step: int, micro_steps: int
+) -> contextlib.AbstractContextManager[None]:
+    if isinstance(module, DistributedDataParallel) and micro_step < micro_steps - 1:
+        return module.no_sync()  # type: ignore[no-any-return]
+    return contextlib.nullcontext()
+
+
+def _from_all_workers(items: list[Any]) -> list[Any]:
+    if world_size() == 1:
+        return items
+    gathered: list[list[Any]] = [[] for _ in range(world_size())]
+    distributed.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
