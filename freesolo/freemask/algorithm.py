@@ -127,7 +127,7 @@ def _soft_masks(
     lowest, highest = similarity.aminmax(dim=1, keepdim=True)
     spread = highest - lowest
     soft = (similarity - lowest) / spread.clamp(min=_FLAT_SIMILARITY)
-    return soft.unflatten(1, features.shape[1:]), spread[:, 0] < _FLAT_SIMILARITY
+    return soft.view(-1, *features.shape[1:]), spread[:, 0] < _FLAT_SIMILARITY
 
 
 def _plausible(masks: Bool[Tensor, "N H W"], settings: FreeMaskSettings) -> Bool[Tensor, " N"]:

@@ -69,9 +69,9 @@ def test_centre_of_mass_is_in_pixel_edges_y_then_x():
 
 
 def test_centre_of_mass_is_exact_on_large_masks():
-    # 2048 x 2048 = 2**22 pixels; their positions sum to 2**32, where a float32 running sum would have lost track.
-    masks = torch.ones(1, 2048, 2048, dtype=torch.bool)
-    assert centre_of_mass(masks).tolist() == [[1024.0, 1024.0]]
+    # Positions of 2003 x 1999 pixels sum to some 4e9, where a running sum in float32 has lost its last digits.
+    masks = torch.ones(1, 2003, 1999, dtype=torch.bool)
+    assert centre_of_mass(masks).tolist() == [[1001.5, 999.5]]
 
 
 def test_mask_iou_of_every_pair():
@@ -83,12 +83,12 @@ def test_mask_iou_of_every_pair():
 
 
 def test_mask_iou_is_exact_under_autocast():
-    masks = torch.zeros(2, 30, 31, dtype=torch.bool)
-    masks[0, :29], masks[1, 1:] = True, True  # 899 px each, 868 in common: neither count exists in bfloat16
+    masks = torch.zeros(2, 31, 31, dtype=torch.bool)
+    masks[0, :30], masks[1, 1:] = True, True  # 930 px each, 899 in common: a count that bfloat16 does not have
     with torch.autocast("cpu", dtype=torch.bfloat16):
         iou = mask_iou(masks, masks)
     assert iou.dtype == torch.float32
-    torch.testing.assert_close(iou[0, 1].item(), 868 / 930)
+    torch.testing.assert_close(iou[0, 1].item(), 899 / 961)
 
 
 def test_resize_of_soft_masks_interpolates_between_pixel_centres():
