@@ -133,11 +133,15 @@ def _soft_masks(
 def _plausible(masks: Bool[Tensor, "N H W"], settings: FreeMaskSettings) -> Bool[Tensor, " N"]:
     """The released code's filters, for masks at the top border or across the image; and for what the resize emptied."""
     height, width = masks.shape[1:]
-    occupied_rows, occupied_columns = masks.any(dim=2), masks.any(dim=1)
-    row_count, column_count = occupied_rows.sum(dim=1), occupied_columns.sum(dim=1)
-    row_sum = (occupied_rows * torch.arange(height, device=masks.device)).sum(dim=1)
-    below_top = row_sum > settings.top_border * height * row_count
-    return below_top & (column_count < settings.max_width * width) & (row_count > 0)
+    rows, columns = masks.any(dim=2), masks.any(dim=1)
+    row_count = rows.sum(dim=1)
+    plausible = row_count > 0
+    if settings.top_border > 0:
+        row_sum = (rows * torch.arange(height, device=masks.device)).sum(dim=1)
+        plausible &= row_sum > settings.top_border * height * row_count
+    if settings.max_width < 1:
+        plausible &= columns.sum(dim=1) < settings.max_width * width
+    return plausible
 
 
 def _embeddings(queries: Float[Tensor, "N E"], channels: int) -> Float[Tensor, "N D"]:

@@ -48,9 +48,9 @@ def matrix_nms(
     if kernel == "gaussian":
         decay = torch.exp(-sigma * (iou.square() - compensate.square())).amin(dim=0)
     else:
-        # A mask with an exact duplicate before it (compensate 1) is gone and suppresses nothing: the duplicate does.
-        ratio = torch.where(compensate < 1.0, (1.0 - iou) / (1.0 - compensate).clamp(min=1e-12), torch.inf)
-        decay = ratio.amin(dim=0)
+        # A mask with an exact duplicate before it (compensate 1) divides by 0. Clamped, it suppresses no more than that
+        # duplicate does: the ratio is huge, or 0 for yet another duplicate.
+        decay = ((1.0 - iou) / (1.0 - compensate).clamp(min=1e-12)).amin(dim=0)
     return scores * torch.empty_like(scores).scatter_(0, order, decay.to(scores.dtype))
 
 

@@ -73,6 +73,7 @@ def test_pairs_that_touch_padding_do_not_count():
     pixels = torch.full((1, 3, 8, 16), 50.0)
     similarity = colour_similarity(pixels, valid, dilation=1, bottom_rows_ignored=0)
     assert similarity[0, RIGHT].tolist() == [[1.0, 0.0, 0.0, 0.0]] * 2
+    assert similarity[0, LEFT].tolist() == [[0.0, 1.0, 0.0, 0.0]] * 2
     assert similarity[0, BELOW].tolist() == [[1.0, 1.0, 0.0, 0.0], [0.0] * 4]
 
 
