@@ -1,0 +1,323 @@
+"""Published backbones in, ours out.
+
+What a checkpoint of the field looks like: a state dict, perhaps under `state_dict` or `model`, whose backbone sits
+under one of a dozen prefixes beside a projection head, a momentum encoder and a queue. Nothing is loaded by luck:
+every key is either the backbone's, or known to belong to something else and listed in the report, or an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import torch
+from torch import Tensor
+
+from freesolo.config import Backbone
+from freesolo.errors import JobError, UsageError
+from freesolo.models.download import Progress, RetryPolicy, download, sha256_of_file
+from freesolo.models.resnet import ResNet
+
+_WRAPPERS = ("", "module.", "model.", "module.model.", "_orig_mod.")
+_ENCODERS = ("", "backbone.", "encoder_q.0.", "encoder_q.", "query.backbone.", "base_encoder.")
+# First parts of names beside a backbone that say what they are: classifiers and projection heads, the momentum
+# encoder, queues, and the second name that OpenSelfSup's checkpoints give to the query encoder.
+_BESIDE = ("fc", "neck", "head", "projector", "predictor", "encoder_k", "key", "momentum_encoder", "encoder_q", "query")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWeights:
+    """A checkpoint that its authors publish.
+
+    Attributes:
+        url: Where it is.
+        sha256: Checksum its publisher states; None where none is stated: trusted on first use.
+        backbone: The network that it is of.
+        source: Who trained it, on what.
+    """
+
+    url: str
+    sha256: str | None
+    backbone: Backbone
+    source: str
+
+
+_ADELAIDET = "https://huggingface.co/ZjuCv/AdelaiDet/resolve"
+_MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"
+
+# The DenseCL authors' files as AdelaiDet's maintainers host them since the original host closed, each at the revision
+# that added it; the checksums are those of the hub's own records of these revisions.
+PUBLISHED: dict[str, PublishedWeights] = {
+    "densecl-r50-imagenet": PublishedWeights(
+        url=f"{_ADELAIDET}/811602d39d516ef6181be837024ad936916a08f9/densecl_r50_imagenet_200ep.pth",
+        sha256="08286baa2701cdca040e31589f4ca9875cbbe86aa00cf6896aa7a2c8994fee6f",
+        backbone="resnet50",
+        source="DenseCL (arXiv:2011.09157), ImageNet, 200 epochs",
+    ),
+    "densecl-r101-imagenet": PublishedWeights(
+        url=f"{_ADELAIDET}/c4c43866d4ccc81bb522ab3cbd0389ab4b5d4ec3/densecl_r101_imagenet_200ep.pth",
+        sha256="f13e5bedebaad08dc5d6d378ff968dfed86c52ffe79089aa9d68d7d93a581fe4",
+        backbone="resnet101",
+        source="DenseCL (arXiv:2011.09157), ImageNet, 200 epochs",
+    ),
+    "densecl-r50-coco": PublishedWeights(
+        url=f"{_ADELAIDET}/67f258deeefdb82395162745e7763e61e08a7023/densecl_r50_coco_800ep.pth",
+        sha256="3302edfbcbc0c708629a5207bb34e9d6758aa186830b5dd32d824ba9b024be5e",
+        backbone="resnet50",
+        source="DenseCL (arXiv:2011.09157), COCO train2017, 800 epochs",
+    ),
+    "densecl-r50-coco-1600": PublishedWeights(
+        url=f"{_ADELAIDET}/d7f81ea2ba7b1b9c32e8176660782ba1e2e981e4/densecl_r50_coco_1600ep.pth",
+        sha256="d6bb653821f70ed15cb05ff91e39ef67c183187620bfa352c4698123220fb141",
+        backbone="resnet50",
+        source="DenseCL (arXiv:2011.09157), COCO train2017, 1600 epochs",
+    ),
+    "moco-v2-r50-imagenet": PublishedWeights(
+        url=f"{_MOCO}/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar",
+        sha256=None,
+        backbone="resnet50",
+        source="MoCo v2 (arXiv:2003.04297), ImageNet, 200 epochs",
+    ),
+    "moco-v2-r50-imagenet-800": PublishedWeights(
+        url=f"{_MOCO}/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+        sha256=None,
+        backbone="resnet50",
+        source="MoCo v2 (arXiv:2003.04297), ImageNet, 800 epochs",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What became of the keys of a checkpoint.
+
+    Attributes:
+        prefix: What stood before the backbone's names.
+        loaded: How many tensors went into the network.
+        cast: Names, in the network, of tensors that were not of its floating type and were converted.
+        ignored: Keys, in the checkpoint, that belong to something beside the backbone.
+    """
+
+    prefix: str
+    loaded: int
+    cast: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, out of its `state_dict` or `model` wrapper, on the CPU.
+
+    Nothing in the file is executed: it is read by `torch.load(weights_only=True)`.
+
+    Raises:
+        UsageError: There is no such file, or it is no checkpoint, or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such weights file")
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{path}: cannot be read as a torch checkpoint of plain tensors: {reason}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    tensors = {str(key): value for key, value in loaded.items()} if isinstance(loaded, Mapping) else {}
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UsageError(f"{path}: holds no state dict (looked at the top level and under 'state_dict' and 'model')")
+    return tensors
+
+
+@torch.no_grad()
+def load_backbone(network: ResNet, state_dict: Mapping[str, Tensor], *, source: str) -> LoadReport:
+    """Copy a checkpoint's backbone into `network`.
+
+    Every tensor of the network must be there in the right shape, except batch norms' `num_batches_tracked`, which
+    older checkpoints lack and nothing uses; those become 0. Every other key must be known not to be the backbone's.
+
+    Args:
+        network: Where to; on any device, in any floating type.
+        state_dict: As `read_state_dict` gives it.
+        source: Named in errors.
+
+    Raises:
+        UsageError: Keys are missing, unexpected or of the wrong shape; says which and what to do.
+    """
+    wanted = network.state_dict()
+    prefix = _find_prefix(state_dict, source)
+    given, ignored, unexpected = _sort_keys(state_dict, prefix, wanted)
+    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
+    misshapen = [
+        f"{name} {tuple(value.shape)}, not {tuple(wanted[name].shape)}"
+        for name, value in given.items()
+        if value.shape != wanted[name].shape
+    ]
+    if missing or unexpected or misshapen:
+        raise UsageError(
+            f"{source}: does not fit a resnet{network.depth}: "
+            + "; ".join(
+                f"{len(names)} {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+                for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+                if names
+            )
+            + _likely_fix(state_dict, prefix, network)
+        )
+    for name, value in wanted.items():
+        value.copy_(given[name]) if name in given else value.zero_()
+    cast = tuple(name for name, value in given.items() if value.dtype != wanted[name].dtype)
+    return LoadReport(prefix, len(given), cast, tuple(ignored))
+
+
+def backbone_state_dict(network: ResNet) -> dict[str, Tensor]:
+    """The network's tensors under torchvision's names, copied to the CPU: what `torch.save` should be given."""
+    return {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
+
+
+def digest(state_dict: Mapping[str, Tensor]) -> str:
+    """A SHA-256 of names, types, shapes and bytes, the same whatever the order of the keys or the device."""
+    total = hashlib.sha256()
+    for name in sorted(state_dict):
+        value = state_dict[name].detach().cpu().contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def pull(
+    name_or_url: str,
+    folder: Path,
+    *,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+    retry: RetryPolicy | None = None,
+) -> Path:
+    """Fetch a published checkpoint, or one at a URL, into `folder`; nothing is fetched that is there already.
+
+    The checksum that the file must have is `sha256`, or the publisher's, or, where neither is known, the one that was
+    written beside it (`<file>.sha256`) when it first came: trust on first use. `recorded_sha256` reads it.
+
+    Args:
+        name_or_url: A key of `PUBLISHED`, or an `http(s)://` address.
+        folder: Made if it is not there.
+        sha256: In hexadecimal.
+        progress: Called with bytes so far, and in all where known.
+        retry: How long to keep trying.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: No such name or file, or the checksums asked for contradict each other.
+        JobError: The server cannot be reached, or the file is not the expected one.
+    """
+    url, stated = _resolve(name_or_url)
+    demanded = _agreed_checksum(name_or_url, sha256, stated)
+    target = folder / _file_name(url)
+    expected = demanded or recorded_sha256(target)
+    if target.exists():
+        found = sha256_of_file(target)
+        if expected is not None and found != expected:
+            raise JobError(f"{target}: has sha256 {found}, expected {expected}; delete it to fetch it again")
+    else:
+        found = download(url, target, sha256=expected, progress=progress, retry=retry)
+    _record_file(target).write_text(f"{found}  {target.name}\n", encoding="utf-8")
+    return target
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """The checksum that `pull` wrote beside a file; None if it never did."""
+    record = _record_file(path)
+    return record.read_text(encoding="utf-8").split()[0] if record.exists() else None
+
+
+def _record_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _resolve(name_or_url: str) -> tuple[str, str | None]:
+    if "://" in name_or_url:
+        return name_or_url, None
+    if name_or_url not in PUBLISHED:
+        near = difflib.get_close_matches(name_or_url, PUBLISHED, n=1)
+        raise UsageError(
+            f"{name_or_url}: no such published weights"
+            + (f"; did you mean {near[0]}?" if near else "")
+            + f" Give an http(s):// address or one of {', '.join(PUBLISHED)}"
+        )
+    published = PUBLISHED[name_or_url]
+    return published.url, published.sha256
+
+
+def _agreed_checksum(name: str, asked: str | None, stated: str | None) -> str | None:
+    if asked is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", asked):
+        raise UsageError(f"sha256 {asked!r}: must be 64 hexadecimal digits")
+    asked = asked.lower() if asked is not None else None
+    if asked is not None and stated is not None and asked != stated:
+        raise UsageError(f"{name}: sha256 {asked} was asked for, but its publisher states {stated}")
+    return asked or stated
+
+
+def _file_name(url: str) -> str:
+    name = PurePosixPath(unquote(urlsplit(url).path)).name
+    if not name:
+        raise UsageError(f"{url}: names no file")
+    return name
+
+
+def _find_prefix(state_dict: Mapping[str, Tensor], source: str) -> str:
+    for wrapper in _WRAPPERS:
+        for encoder in _ENCODERS:
+            if f"{wrapper}{encoder}conv1.weight" in state_dict:
+                return wrapper + encoder
+    raise UsageError(
+        f"{source}: no ResNet found (no key ends in conv1.weight behind a known prefix); "
+        f"its keys begin {', '.join(list(state_dict)[:_SHOWN])}"
+    )
+
+
+def _sort_keys(
+    state_dict: Mapping[str, Tensor], prefix: str, wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The backbone's tensors by their names in the network; keys known to be something else; keys that are neither."""
+    given: dict[str, Tensor] = {}
+    ignored: list[str] = []
+    unexpected: list[str] = []
+    wrapper = max((wrapper for wrapper in _WRAPPERS if prefix.startswith(wrapper)), key=len)
+    for key, value in state_dict.items():
+        name = key.removeprefix(prefix)
+        inside = key.startswith(prefix)
+        if inside and name in wanted:
+            given[name] = value
+        elif _is_beside(name) if inside else _is_beside(key.removeprefix(wrapper)):
+            ignored.append(key)
+        else:
+            unexpected.append(key)
+    return given, ignored, unexpected
+
+
+def _is_beside(name: str) -> bool:
+    first = name.partition(".")[0]
+    return first in _BESIDE or re.fullmatch(r"(\w+_)?queue\d*(_ptr|_pointer)?\d*", first) is not None
+
+
+def _likely_fix(state_dict: Mapping[str, Tensor], prefix: str, network: ResNet) -> str:
+    blocks = {
+        key.split(".")[1] for key in (key.removeprefix(prefix) for key in state_dict) if key.startswith("layer3.")
+    }
+    bottleneck = f"{prefix}layer1.0.conv3.weight" in state_dict
+    kinds = {(False, 2): 18, (False, 6): 34, (True, 6): 50, (True, 23): 101, (True, 36): 152}
+    depth = kinds.get((bottleneck, len(blocks)))
+    if depth is None:
+        return ". It is no plain ResNet"
+    if depth != network.depth:
+        advice = f"set backbone to resnet{depth}" if depth != 152 else "resnet152 is not supported"
+        return f". It is a ResNet-{depth} checkpoint, the configuration says resnet{network.depth}: {advice}"
+    return ". It is of the right depth: a variant of ResNet, or damaged"
