@@ -134,7 +134,7 @@ class PretrainSettings(Settings):
         if self.model.queue_length % self.loop.batch_size:
             raise ValueError(
                 f"model.queue_length={self.model.queue_length} is not divisible by loop.batch_size="
-                f"{self.loop.batch_size}: the queue is replaced a whole batch at a time; set one to a multiple of the other"
+                f"{self.loop.batch_size}: the queue is replaced a whole batch at a time; make it a multiple"
             )
         return self
 
@@ -153,8 +153,8 @@ class FreeMaskSettings(Settings):
     min_maskness: Fraction = 0.7  # after NMS
     max_instances: Positive = 20
     nms_sigma: float = Field(default=2.0, gt=0.0)
-    top_border: Fraction = 0.2  # masks whose vertical centre is at or above this share of the height are dropped
-    max_width: Fraction = 0.95  # masks on this share of the columns or more are dropped
+    top_border: Fraction = 0.2  # masks centred at or above this share of the height are dropped; 0: none
+    max_width: Fraction = 0.95  # masks on this share of the columns or more are dropped; 1: none
     embedding_channels: Positive = 128
 
 
@@ -293,6 +293,11 @@ class PretrainJob(Job):
     dataset: str
     pretrain: PretrainSettings
 
+    @model_validator(mode="after")
+    def _batch_divides(self) -> PretrainJob:
+        _check_batch("pretrain.loop", self.pretrain.loop, self.resources)
+        return self
+
 
 class ExtractJob(Job):
     """`jobs/extract_free_masks.py`."""
@@ -309,6 +314,11 @@ class TrainJob(Job):
     dataset: str
     labels: str | None = None  # None: the data set's own annotations
     train: TrainSettings
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainJob:
+        _check_batch("train.loop", self.train.loop, self.resources)
+        return self
 
 
 class PredictJob(Job):
@@ -329,17 +339,31 @@ class EvaluateJob(Job):
 
 
 class PipelineJob(Job):
-    """`jobs/run_pipeline.py`: pretrain, extract, then `rounds` of train, predict; evaluate all of them."""
+    """`jobs/run_pipeline.py`: pretrain, extract, train; `rounds` times label anew and train again; evaluate all."""
 
     dataset: str
     evaluation_dataset: str | None = None  # annotated; None: no table, no champion
     initial_backbone: str | None = None  # extract with these weights instead of pre-training
-    rounds: Positive = 1
+    rounds: NonNegative = 1  # of self-training, after the training on Free Masks
     pretrain: PretrainSettings
     extract: ExtractSettings = ExtractSettings()
     train: TrainSettings
     predict: PredictSettings = PredictSettings()
     gallery_images: NonNegative = 24
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> PipelineJob:
+        _check_batch("pretrain.loop", self.pretrain.loop, self.resources)
+        _check_batch("train.loop", self.train.loop, self.resources)
+        return self
+
+
+def _check_batch(section: str, loop: LoopSettings, resources: ResourceSettings) -> None:
+    if loop.batch_size % (resources.workers * loop.accumulation_steps):
+        raise ValueError(
+            f"{section}.batch_size={loop.batch_size} must divide by the {resources.workers} workers of "
+            f"resources.workers, times {loop.accumulation_steps} accumulation_steps; change one of them"
+        )
 
 
 JobType = TypeVar("JobType", bound=Job)
@@ -407,14 +431,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(job: type[Job], detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"]) or "settings"
+    key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(detail["loc"][-1]), _fields_beside(job, detail["loc"]), n=1)
         return f"{key}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
     if detail["type"] == "missing":
         return f"{key}: missing; give it in the YAML or as {key}=VALUE"
     if detail["type"] == "value_error":
-        return f"{key}: {detail['ctx']['error']}"
+        return f"{key}: {detail['ctx']['error']}" if key else str(detail["ctx"]["error"])
     value = detail.get("input")
     hint = ""
     if isinstance(value, str) and detail["type"].startswith(("float", "int")):

@@ -129,6 +129,11 @@ class SegmentationBatch:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def image_ids(self) -> tuple[int, ...]:
+        """The data set's ids, one an image."""
+        return self.images.image_ids
+
     def to(self, device: torch.device | str) -> SegmentationBatch:
         """The same record on another device."""
         return replace(self, images=self.images.to(device), instances=self.instances.to(device))

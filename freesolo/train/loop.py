@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,7 +36,7 @@ class Progress:
     """
 
     step: int = 0
-    stream: StreamState = StreamState()
+    stream: StreamState = field(default_factory=StreamState)
     bad_samples: int = 0
 
 
@@ -214,7 +214,7 @@ def _no_sync_before_last(
     module: nn.Module, micro_step: int, micro_steps: int
 ) -> contextlib.AbstractContextManager[None]:
     if isinstance(module, DistributedDataParallel) and micro_step < micro_steps - 1:
-        return module.no_sync()  # type: ignore[no-any-return]
+        return module.no_sync()
     return contextlib.nullcontext()
 
 

@@ -1,0 +1,47 @@
+"""Weights to start from, read once by the driver and handed to every worker through Ray's object store."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from torch import Tensor
+
+from freesolo.config import TrackingSettings
+from freesolo.models.weights import read_state_dict
+from freesolo.registry import resolve_weights
+from freesolo.tracking import resolve_server
+
+
+@dataclass(frozen=True, slots=True)
+class InitialWeights:
+    """A checkpoint's tensors, in the object store.
+
+    Attributes:
+        reference: As the user named it.
+        sha256: Of the file.
+        tensors: Its state dict.
+    """
+
+    reference: str
+    sha256: str
+    tensors: ray.ObjectRef[dict[str, Tensor]]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors, in whatever process this is called."""
+        return ray.get(self.tensors)
+
+
+def read_initial_weights(reference: str | None, tracking: TrackingSettings, storage: str) -> InitialWeights | None:
+    """Read the weights that a path, a URL or `models:/name@alias` names; None for none.
+
+    Raises:
+        UsageError: There are none of that name, or the file is not a checkpoint.
+    """
+    if reference is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = resolve_weights(reference, Path(folder), server=resolve_server(tracking, storage))
+        return InitialWeights(reference, resolved.sha256, ray.put(read_state_dict(resolved.path)))

@@ -1,0 +1,99 @@
+"""Stage `pretrain`: DenseCL on unlabelled photos gives a backbone with dense features."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from freesolo.config import PretrainJob
+from freesolo.data.ingest import TrainingStream
+from freesolo.data.order import Order
+from freesolo.data.shards import DatasetManifest, read_dataset_manifest
+from freesolo.data.views import ContrastiveView
+from freesolo.densecl.model import DenseCL
+from freesolo.models.model_file import save_model
+from freesolo.models.weights import backbone_state_dict, load_backbone
+from freesolo.stages import StageFolder, StageResult
+from freesolo.train.initial import InitialWeights, read_initial_weights
+from freesolo.train.learner import Learner
+from freesolo.train.tasks import DenseCLTraining
+from freesolo.train.worker import Training, TrainingPlan, run_training
+from freesolo.witness import TrackedRun
+
+
+def pretrain(job: PretrainJob, folder: StageFolder, tracked: TrackedRun) -> StageResult:
+    """Pre-train a backbone on the cluster that this process is connected to.
+
+    Args:
+        job: What to do.
+        folder: Where everything goes; what an earlier submission left there is gone on from.
+        tracked: The MLflow run of this stage.
+
+    Returns:
+        `outputs["model"]`: the query backbone, under torchvision's names.
+
+    Raises:
+        UsageError: The settings, the data set or the initial weights are not usable.
+        JobError: Training failed.
+    """
+    started = time.monotonic()
+    manifest = read_dataset_manifest(job.dataset)
+    weights = read_initial_weights(job.pretrain.model.backbone_weights, job.tracking, folder.storage)
+    build = partial(_build, job, manifest, weights)
+    plan = TrainingPlan(folder, job, job.pretrain.loop, tracked, build)
+    metrics = run_training(plan, job.resources)
+    return StageResult(
+        stage=folder.stage,
+        seconds=time.monotonic() - started,
+        outputs={"model": plan.model_url},
+        counts={"images": manifest.samples, "steps": job.pretrain.loop.steps},
+        metrics=dict(metrics),
+    )
+
+
+def _build(
+    job: PretrainJob, manifest: DatasetManifest, weights: InitialWeights | None, device: torch.device
+) -> Training:
+    """In a train worker: the model, its optimiser and its stream."""
+    settings = job.pretrain
+    model = DenseCL(settings.model)
+    model.initialise(torch.Generator().manual_seed(settings.loop.seed))
+    if weights is not None:
+        load_backbone(model.query_encoder.backbone, weights.state_dict(), source=weights.reference)
+        model.copy_query_to_key()
+    stream = TrainingStream(
+        dataset_url=job.dataset,
+        manifest=manifest,
+        labels_url=None,
+        view=ContrastiveView(settings.views),
+        order=Order(
+            tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
+        ),
+        batch_size=settings.loop.batch_size,
+        accumulation_steps=settings.loop.accumulation_steps,
+        prefetch_batches=settings.stream.prefetch_batches,
+    )
+    task = DenseCLTraining(model, settings.views)
+    learner = Learner(task, settings.loop, settings.optimizer, device)
+    return Training(
+        learner=learner,
+        stream=stream,
+        optimizer=settings.optimizer,
+        max_bad_samples=settings.stream.max_bad_samples,
+        save_model=partial(_save_backbone, job, manifest),
+    )
+
+
+def _save_backbone(job: PretrainJob, manifest: DatasetManifest, learner: Learner, path: Path) -> None:
+    module = learner.best_module()
+    assert isinstance(module, DenseCL)
+    save_model(
+        path,
+        "backbone",
+        settings={"backbone": job.pretrain.model.backbone},
+        state_dict=backbone_state_dict(module.query_encoder.backbone),
+        lineage={"dataset": job.dataset, "dataset_digest": manifest.digest, "method": "DenseCL"},
+    )

@@ -1,0 +1,169 @@
+"""Stage `train`: SOLO on a label set, or on a data set's own annotations, gives a segmenter."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from freesolo.config import TrainJob
+from freesolo.data.ingest import TrainingStream
+from freesolo.data.labels import LabelManifest, check_labels_match, read_label_manifest
+from freesolo.data.order import Order
+from freesolo.data.shards import DatasetManifest, read_dataset_manifest
+from freesolo.data.views import SegmentationView
+from freesolo.errors import UsageError
+from freesolo.models.model_file import save_model
+from freesolo.models.resnet import freeze_batch_norm
+from freesolo.models.weights import load_backbone
+from freesolo.ops.images import normalize
+from freesolo.report.pictures import contact_sheet, draw_masks
+from freesolo.solo.model import Segmenter
+from freesolo.solo.postprocess import instances_from_predictions
+from freesolo.solo.task import SoloTask
+from freesolo.stages import StageFolder, StageResult
+from freesolo.train.initial import InitialWeights, read_initial_weights
+from freesolo.train.learner import Learner
+from freesolo.train.tasks import SoloTraining
+from freesolo.train.worker import Training, TrainingPlan, run_training
+from freesolo.types import SegmentationBatch
+from freesolo.witness import TrackedRun
+
+PICTURED_IMAGES = 8
+
+
+def train_segmenter(job: TrainJob, folder: StageFolder, tracked: TrackedRun) -> StageResult:
+    """Train a segmenter on the cluster that this process is connected to.
+
+    Args:
+        job: What to do.
+        folder: Where everything goes; what an earlier submission left there is gone on from.
+        tracked: The MLflow run of this stage.
+
+    Returns:
+        `outputs["model"]`: the segmenter.
+
+    Raises:
+        UsageError: The settings, the data set, the labels or the initial weights are not usable or don't fit.
+        JobError: Training failed.
+    """
+    started = time.monotonic()
+    manifest = read_dataset_manifest(job.dataset)
+    labels = _matching_labels(job, manifest)
+    weights = read_initial_weights(job.train.initial_weights, job.tracking, folder.storage)
+    plan = TrainingPlan(folder, job, job.train.loop, tracked, partial(_build, job, manifest, labels, weights))
+    metrics = run_training(plan, job.resources)
+    counts = {"images": manifest.samples, "steps": job.train.loop.steps}
+    if labels is not None:
+        counts["instances"] = labels.instances
+    return StageResult(
+        stage=folder.stage,
+        seconds=time.monotonic() - started,
+        outputs={"model": plan.model_url},
+        counts=counts,
+        metrics=dict(metrics),
+    )
+
+
+def _matching_labels(job: TrainJob, manifest: DatasetManifest) -> LabelManifest | None:
+    if job.labels is None:
+        if not manifest.annotated:
+            raise UsageError(f"labels: {job.dataset} has no annotations of its own; give the URL of a label set")
+        return None
+    labels = read_label_manifest(job.labels)
+    check_labels_match(labels, manifest)
+    if labels.instances == 0:
+        raise UsageError(f"labels: {job.labels} holds no instance at all; there is nothing to train on")
+    return labels
+
+
+def _build(
+    job: TrainJob,
+    manifest: DatasetManifest,
+    labels: LabelManifest | None,
+    weights: InitialWeights | None,
+    device: torch.device,
+) -> Training:
+    """In a train worker: the model, its optimiser and its stream."""
+    settings = job.train
+    task = SoloTask(settings.model, settings.supervision, settings.losses)
+    task.initialise(torch.Generator().manual_seed(settings.loop.seed))
+    if weights is not None:
+        _load_weights(task.segmenter, weights)
+    if settings.freeze_batch_norm:
+        freeze_batch_norm(task.segmenter.backbone)
+    stream = TrainingStream(
+        dataset_url=job.dataset,
+        manifest=manifest,
+        labels_url=job.labels,
+        view=SegmentationView(settings.views, settings.model.embedding_channels),
+        order=Order(
+            tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
+        ),
+        batch_size=settings.loop.batch_size,
+        accumulation_steps=settings.loop.accumulation_steps,
+        prefetch_batches=settings.stream.prefetch_batches,
+    )
+    return Training(
+        learner=Learner(SoloTraining(task, settings.views), settings.loop, settings.optimizer, device),
+        stream=stream,
+        optimizer=settings.optimizer,
+        max_bad_samples=settings.stream.max_bad_samples,
+        save_model=partial(_save_segmenter, job, manifest, labels),
+        picture=partial(_picture, job),
+    )
+
+
+def _load_weights(segmenter: Segmenter, weights: InitialWeights) -> None:
+    """A whole segmenter, or a backbone for it."""
+    tensors = weights.state_dict()
+    if not any(name.startswith("head.") for name in tensors):
+        load_backbone(segmenter.backbone, tensors, source=weights.reference)
+        return
+    try:
+        segmenter.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UsageError(
+            f"train.initial_weights={weights.reference}: a segmenter of another architecture than train.model: "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from error
+
+
+def _save_segmenter(
+    job: TrainJob, manifest: DatasetManifest, labels: LabelManifest | None, learner: Learner, path: Path
+) -> None:
+    module = learner.best_module()
+    assert isinstance(module, SoloTask)
+    lineage = {"dataset": job.dataset, "dataset_digest": manifest.digest, "supervision": job.train.supervision}
+    if labels is not None:
+        lineage |= {"labels": str(job.labels), "labels_digest": labels.digest}
+    state = {name: value.detach().cpu().contiguous() for name, value in module.segmenter.state_dict().items()}
+    save_model(path, "segmenter", settings=job.train.model.model_dump(), state_dict=state, lineage=lineage)
+
+
+@torch.no_grad()
+def _picture(job: TrainJob, learner: Learner, views: tuple[SegmentationBatch, ...]) -> UInt8[np.ndarray, "H W 3"]:
+    """The first photos of the weak view: above the labels that it is trained on, below what it predicts."""
+    module = learner.task.module
+    assert isinstance(module, SoloTask)
+    images, labels = views[0].images, views[0].instances
+    count = min(PICTURED_IMAGES, len(images))
+    sizes = [(height, width) for height, width in images.sizes[:count].tolist()]
+    module.eval()
+    with learner.autocast():
+        predictions = module.segmenter(normalize(images.pixels[:count]))
+    module.train()
+    found = instances_from_predictions(
+        module.segmenter.head, predictions, images.sizes[:count], sizes, job.train.inference, job.train.model
+    )
+    trained_on, predicted = [], []
+    for image, (height, width) in enumerate(sizes):
+        photo = images.pixels[image, :, :height, :width].to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        coarse = labels.of_image(image).masks[:, :height, :width]
+        trained_on.append(draw_masks(photo, coarse.cpu().numpy()))
+        predicted.append(draw_masks(photo, found[image].masks.cpu().numpy(), found[image].scores.cpu().numpy()))
+    return contact_sheet([*trained_on, *predicted], columns=count)

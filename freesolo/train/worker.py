@@ -1,0 +1,228 @@
+"""Where the loop meets Ray Train: one function that every train worker runs, and the call that starts them.
+
+Worker 0 writes the journal, tells MLflow, and saves; the others compute. A worker group that lost a worker is started
+again by Ray, finds the last checkpoint, and goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from freesolo.config import Job, LoopSettings, OptimizerSettings, ResourceSettings
+from freesolo.data.files import is_local, join, write_atomic
+from freesolo.data.ingest import TrainingStream, configure_ray_data
+from freesolo.errors import JobError, UsageError
+from freesolo.journal import Journal
+from freesolo.ops.collectives import rank
+from freesolo.progress import progress as show_progress
+from freesolo.provenance import code_version, git_commit
+from freesolo.stages import StageFolder
+from freesolo.train.checkpoint import load_checkpoint, save_checkpoint
+from freesolo.train.cluster import data_cpus
+from freesolo.train.learner import Learner
+from freesolo.train.loop import Progress, train
+from freesolo.witness import TrackedRun, Witness
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a worker trains, built in its own process.
+
+    Attributes:
+        learner: Model, optimiser, device.
+        stream: Its batches.
+        optimizer: The schedule.
+        max_bad_samples: Share of samples that may be unusable.
+        save_model: Writes the trained model as a model file.
+        picture: RGB of sample predictions on a batch's inputs; None: nothing to see.
+    """
+
+    learner: Learner
+    stream: TrainingStream[Any]
+    optimizer: OptimizerSettings
+    max_bad_samples: float
+    save_model: Callable[[Learner, Path], None]
+    picture: Callable[[Learner, Any], np.ndarray] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What the driver sends to the workers.
+
+    Attributes:
+        folder: Of the stage; gets `checkpoints/`, `metrics.jsonl` and `model.pt`.
+        job: The resolved configuration.
+        loop: The part of it that says how long and how often.
+        tracked: The MLflow run.
+        build: Makes the training on a device, in the worker.
+    """
+
+    folder: StageFolder
+    job: Job
+    loop: LoopSettings
+    tracked: TrackedRun
+    build: Callable[[torch.device], Training]
+
+    @property
+    def model_url(self) -> str:
+        """Where the trained model goes."""
+        return join(self.folder.url, "model.pt")
+
+
+def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, float]:
+    """Train on the cluster's workers; goes on from the last checkpoint in the stage's folder.
+
+    Returns:
+        The last metrics.
+
+    Raises:
+        UsageError: The cluster cannot hold the workers, or a checkpoint does not fit the settings.
+        JobError: Training stopped itself, or workers were lost more than `resources.max_failures` times.
+    """
+    cpus = data_cpus(resources)
+    storage = str(Path(plan.folder.url).resolve()) if is_local(plan.folder.url) else plan.folder.url
+    trainer = TorchTrainer(
+        train_worker,  # type: ignore[arg-type]  # Ray's stubs are of Train V1, whose functions returned nothing
+        train_loop_config={"plan": plan, "data_cpus": cpus / resources.workers},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=plan.loop.keep_checkpoints),
+        ),
+    )
+    result = trainer.fit()
+    if result.error is not None:
+        raise JobError(f"{plan.folder.url}: training failed: {result.error}") from result.error
+    outcome: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
+    if "usage_error" in outcome:
+        raise UsageError(outcome["usage_error"])
+    if "job_error" in outcome:
+        raise JobError(outcome["job_error"])
+    return outcome["metrics"]  # type: ignore[no-any-return]
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Train as one of Ray Train's workers.
+
+    Returns:
+        `metrics`, the last ones; or `job_error` or `usage_error`, the reason for which all workers stopped. Those are
+        results and not exceptions because Ray would start the workers again, to meet the same end.
+    """
+    plan: TrainingPlan = config["plan"]
+    configure_ray_data(cpus=config["data_cpus"])
+    try:
+        training = plan.build(ray.train.torch.get_device())
+        checkpoint = ray.train.get_checkpoint()
+        start = Progress()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                start = load_checkpoint(Path(folder), training.learner)
+        with _RunRecorder(plan, training, start) as recorder:
+            train(
+                training.learner,
+                training.stream,
+                plan.loop,
+                training.optimizer,
+                recorder,
+                progress=start,
+                max_bad_samples=training.max_bad_samples,
+            )
+            return {"metrics": recorder.last_metrics}
+    except UsageError as error:
+        return {"usage_error": str(error)}
+    except JobError as error:
+        return {"job_error": str(error)}
+
+
+class _RunRecorder:
+    """Keeps what the loop tells: metrics and pictures by worker 0, checkpoints by all together."""
+
+    def __init__(self, plan: TrainingPlan, training: Training, start: Progress) -> None:
+        self._plan = plan
+        self._training = training
+        self._samples: list[tuple[int, tuple[int, ...]]] = []
+        self._step = start.step
+        self.last_metrics: dict[str, float] = {}
+        self._leads = rank() == 0
+        if self._leads:
+            self._journal = Journal(plan.folder.url, resume_step=start.step + 1)
+            self._witness = Witness(plan.tracked, self._journal)
+            self._witness.settings(plan.job)
+            stream = training.stream
+            self._witness.dataset(stream.dataset_url, stream.manifest.digest, stream.dataset_url)
+            self._bar = show_progress(plan.folder.stage, total=plan.loop.steps, unit="steps", done=start.step)
+
+    def __enter__(self) -> _RunRecorder:
+        if self._leads:
+            self._advance = self._bar.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self._leads:
+            self._bar.__exit__(kind, error, trace)
+            self._journal.flush()
+            delivery = self._witness.close("FINISHED" if error is None else "FAILED")
+            self._journal.close()
+            if delivery.reason is not None:
+                _LOG.warning("MLflow: %s", delivery)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.last_metrics = values
+        if self._leads:
+            self._journal.append(step, values)
+            self._advance(step - self._step)
+        self._step = step
+
+    def samples(self, step: int, image_ids: tuple[int, ...]) -> None:
+        if self._plan.loop.record_samples:
+            self._samples.append((step, image_ids))
+
+    def picture(self, step: int, inputs: Any) -> None:
+        if self._leads and self._training.picture is not None:
+            self._witness.picture("predictions", self._training.picture(self._training.learner, inputs), step)
+
+    def checkpoint(self, progress: Progress) -> None:
+        """Save the model too at the last step: what comes after training needs no checkpoint."""
+        name = f"step-{progress.step:08d}"
+        if self._samples:
+            # Named by the checkpoint, so that a replay after a loss writes the same names again.
+            url = join(self._plan.folder.url, "samples", f"{name}-worker-{rank()}.json")
+            write_atomic(url, json.dumps(self._samples).encode())
+            self._samples = []
+        if not self._leads:
+            ray.train.report({}, checkpoint=None, checkpoint_dir_name=name)
+            return
+        self._journal.flush()
+        if progress.step == self._plan.loop.steps:
+            with tempfile.NamedTemporaryFile() as file:
+                self._training.save_model(self._training.learner, Path(file.name))
+                write_atomic(self._plan.model_url, Path(file.name).read_bytes())
+        with tempfile.TemporaryDirectory() as folder:
+            commit = git_commit() or code_version()
+            save_checkpoint(Path(folder), self._training.learner, progress, self._plan.job, commit)
+            ray.train.report(
+                {"step": progress.step}, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name
+            )

@@ -1,0 +1,100 @@
+"""Settings: strict, overridable, and errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from freesolo.config import PipelineJob, PretrainJob, TrainJob, dump_config, load_config, parse_config
+from freesolo.errors import UsageError
+
+MINIMAL = {"dataset": "photos", "train": {"loop": {"steps": 10, "batch_size": 4}}}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_defaults_yaml_and_overrides_come_together(config: Path) -> None:
+    job = load_config(TrainJob, config, ["train.loop.steps=20", "resources.workers=2", "labels=free"])
+    assert (job.train.loop.steps, job.train.loop.batch_size, job.resources.workers) == (20, 4, 2)
+    assert (job.labels, job.train.losses.mean_projection) == ("free", 0.1)
+
+
+def test_values_are_yaml(config: Path) -> None:
+    overrides = ["train.views.short_sides=[96, 128]", "labels=null", "train.freeze_batch_norm=true"]
+    job = load_config(TrainJob, config, overrides)
+    assert (job.train.views.short_sides, job.labels, job.train.freeze_batch_norm) == ((96, 128), None, True)
+
+
+def test_a_dumped_configuration_is_read_back_equal(config: Path, tmp_path: Path) -> None:
+    job = load_config(TrainJob, config, ["train.optimizer.learning_rate=0.5"])
+    (tmp_path / "again.yaml").write_text(dump_config(job))
+    assert load_config(TrainJob, tmp_path / "again.yaml") == job
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.loop.stepz=3", r"train.loop.stepz: no such setting; did you mean steps\?"),
+        ("train.optimizer.learning_rate=1e-4", r"learning_rate='1e-4'.*write 1.0e-4"),
+        ("train.loop.batch_size=0", r"train.loop.batch_size=0: .*greater than 0"),
+        ("train.loop.steps=3.5", r"train.loop.steps=3.5"),
+        ("train.supervision=magic", r"train.supervision='magic': .*free_masks"),
+        ("train.model.strides=[8, 16]", "must each have 5 entries"),
+        ("train.loop", "write section.field=value"),
+        ("dataset.name=x", "dataset is a value, not a section"),
+        ("resources=3", r"resources=3"),
+    ],
+)
+def test_what_is_wrong_is_named(config: Path, override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_config(TrainJob, config, [override])
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    with pytest.raises(UsageError, match=r"dataset: missing; give it .*; train: missing"):
+        load_config(TrainJob, path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n", "must be a mapping"), ("a: [", "not valid YAML")])
+def test_files_that_are_not_settings(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_config(TrainJob, path)
+    with pytest.raises(UsageError, match="no such file"):
+        load_config(TrainJob, tmp_path / "nowhere.yaml")
+
+
+def test_a_queue_that_a_batch_does_not_divide_is_refused() -> None:
+    raw = {"dataset": "d", "pretrain": {"model": {"queue_length": 100}, "loop": {"steps": 1, "batch_size": 32}}}
+    with pytest.raises(UsageError, match=r"queue_length=100 is not divisible by loop.batch_size=32"):
+        parse_config(PretrainJob, raw, source="here")
+
+
+def test_a_batch_that_does_not_divide_by_workers_is_refused() -> None:
+    raw = {**MINIMAL, "resources": {"workers": 3}}
+    with pytest.raises(UsageError, match=r"batch_size=4 .* 3 workers"):
+        parse_config(TrainJob, raw, source="here")
+    raw = {"dataset": "d", "train": {"loop": {"steps": 1, "batch_size": 4, "accumulation_steps": 4}}}
+    with pytest.raises(UsageError, match=r"batch_size=4 .* 2 workers .* 4 accumulation_steps"):
+        parse_config(TrainJob, {**raw, "resources": {"workers": 2}}, source="here")
+
+
+def test_a_pipeline_checks_each_of_its_stages() -> None:
+    raw = {
+        "dataset": "d",
+        "resources": {"workers": 2},
+        "pretrain": {"model": {"queue_length": 64}, "loop": {"steps": 1, "batch_size": 32}},
+        "train": {"loop": {"steps": 1, "batch_size": 3}},
+    }
+    with pytest.raises(UsageError, match=r"train.loop.batch_size=3 .* 2 workers"):
+        parse_config(PipelineJob, raw, source="here")

@@ -1,0 +1,65 @@
+"""A stage is done once, for the settings that it was started with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from freesolo.errors import JobError, UsageError
+from freesolo.stages import StageFolder, StageResult, run_stage
+
+
+def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
+    folder, calls = StageFolder(str(tmp_path), "run", "extract"), []
+
+    def work() -> StageResult:
+        calls.append(1)
+        return StageResult("extract", 1.5, {"labels": "somewhere"}, {"images": 3}, {"AP": None})
+
+    first = run_stage(folder, {"a": 1}, work)
+    assert run_stage(folder, {"a": 1}, work) == first
+    assert calls == [1]
+    assert json.loads((tmp_path / "run" / "extract" / "result.json").read_text())["counts"] == {"images": 3}
+
+
+def test_a_stage_that_failed_is_done_again(tmp_path: Path) -> None:
+    folder = StageFolder(str(tmp_path), "run", "extract")
+
+    def fail() -> StageResult:
+        raise JobError("the disk is full")
+
+    with pytest.raises(JobError):
+        run_stage(folder, {"a": 1}, fail)
+    assert run_stage(folder, {"a": 1}, lambda: StageResult("extract", 0.0)).stage == "extract"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_under_the_same_name_are_refused(tmp_path: Path, finished: bool) -> None:
+    folder = StageFolder(str(tmp_path), "run", "train")
+
+    def work() -> StageResult:
+        if not finished:
+            raise JobError("stopped")
+        return StageResult("train", 0.0)
+
+    if finished:
+        run_stage(folder, {"loop": {"steps": 10, "seed": 0}}, work)
+    else:
+        with pytest.raises(JobError):
+            run_stage(folder, {"loop": {"steps": 10, "seed": 0}}, work)
+    with pytest.raises(UsageError, match=r"run 'run' .* loop.steps: 10, now 20; .* another --run-name"):
+        run_stage(folder, {"loop": {"steps": 20, "seed": 0}}, work)
+
+
+def test_tuples_and_lists_are_the_same_settings(tmp_path: Path) -> None:
+    folder = StageFolder(str(tmp_path), "run", "train")
+    run_stage(folder, {"sizes": (1, 2)}, lambda: StageResult("train", 0.0))
+    run_stage(folder, {"sizes": [1, 2]}, lambda: StageResult("train", 0.0))
+
+
+def test_stages_of_a_run_lie_side_by_side() -> None:
+    folder = StageFolder("s3://bucket/runs", "photos", "solo-r1")
+    assert folder.url == "s3://bucket/runs/photos/solo-r1"
+    assert folder.sibling("solo-r2").url == "s3://bucket/runs/photos/solo-r2"
