@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from botocore.exceptions import (  # type: ignore[import-untyped]
     BotoCoreError,
@@ -30,6 +30,14 @@ from freesolo.errors import JobError, UsageError
 # What a store's library raises when the store, the network or the URL is at fault; the rest is a bug.
 _STORE_ERRORS = (OSError, BotoCoreError, ClientError)
 _READ_BLOCK = 8 * 2**20
+
+
+@runtime_checkable
+class ReadStream(Protocol):
+    """What `open_stream` gives: of a file object, only what every store's has."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The next `size` bytes, fewer at the end; all that is left if `size` is negative."""
 
 
 def join(url: str, *parts: str) -> str:
@@ -88,7 +96,7 @@ def read_bytes(url: str) -> bytes:
 
 
 @contextmanager
-def open_stream(url: str) -> Iterator[BinaryIO]:
+def open_stream(url: str) -> Iterator[ReadStream]:
     """A file opened to be read once from front to back, in constant memory.
 
     Raises:
@@ -128,10 +136,10 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
     store, path = _resolve(url)
     folder = Path(path).parent if isinstance(store, LocalFileSystem) else Path(tempfile.gettempdir())
     temporary = folder / f".{PurePosixPath(path).name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+    with _explained(url):
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = temporary.open("xb")
     try:
-        with _explained(url):
-            folder.mkdir(parents=True, exist_ok=True)
-            stream = temporary.open("xb")
         with stream:
             yield stream
             with _explained(url):
@@ -200,7 +208,7 @@ def _explanation(url: str, error: BaseException) -> UsageError | JobError:
         return UsageError(f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, FileNotFoundError):
         return UsageError(f"{url}: no such file or bucket; check the URL")
-    if isinstance(error, (IsADirectoryError, NotADirectoryError)):
+    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
         return UsageError(f"{url}: {_one_line(error)}; a folder where a file should be, or the reverse")
     if isinstance(error, PermissionError):
         return UsageError(f"{url}: access denied ({_one_line(error)}); check the credentials and the permissions")

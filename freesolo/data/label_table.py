@@ -3,7 +3,7 @@
 A row of the parquet is an image; `instances` is a list, empty for an image in which nothing was found:
 
     key: string, image_id: int64, file_name: string, width: int32, height: int32, error: string or null,
-    instances: list<struct<mask_id: int64, counts: binary (COCO's compressed RLE at the image's size),
+    instances: list<struct<mask_id: int64, counts: string (COCO's compressed RLE at the image's size),
                            bbox_xywh: list<double>, score: double, category_id: int64, embedding: list<halffloat>>>
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +18,12 @@ import pyarrow.parquet as pq
 from jaxtyping import Float16
 
 from freesolo.errors import JobError
+from freesolo.ops.masks import Rle
 
 _INSTANCE = pa.struct(
     [
         ("mask_id", pa.int64()),
-        ("counts", pa.binary()),
+        ("counts", pa.string()),
         ("bbox_xywh", pa.list_(pa.float64())),
         ("score", pa.float64()),
         ("category_id", pa.int64()),
@@ -53,7 +53,7 @@ class LabelledInstance:
 
     Attributes:
         mask_id: Unique in the label set; `write_label_file` numbers them, so 0 until then.
-        rle: COCO's compressed RLE: `{"size": [height, width], "counts": bytes}`, at the image's size.
+        rle: COCO's compressed RLE: at the image's size; its counts are text when read, text or bytes when written.
         bbox_xywh: COCO's box, tight around the mask, in pixels.
         score: Confidence in [0, 1].
         category_id: 0 for class-agnostic objects; COCO's own id in ground truth.
@@ -61,7 +61,7 @@ class LabelledInstance:
     """
 
     mask_id: int
-    rle: dict[str, Any]
+    rle: Rle
     bbox_xywh: tuple[float, float, float, float]
     score: float
     category_id: int
@@ -75,7 +75,7 @@ class LabelledInstance:
     __hash__ = None  # type: ignore[assignment]
 
     def _values(self) -> tuple[object, ...]:
-        size, counts = tuple(self.rle["size"]), self.rle["counts"]
+        size, counts = tuple(self.rle["size"]), _text(self.rle["counts"])
         return self.mask_id, size, counts, self.bbox_xywh, self.score, self.category_id, self.embedding.tobytes()
 
 
@@ -134,7 +134,7 @@ def _table(records: Sequence[ImageLabels]) -> pa.Table:
     embeddings = [instance.embedding for instance in instances]
     columns = [
         pa.array([instance.mask_id for instance in instances], pa.int64()),
-        pa.array([bytes(instance.rle["counts"]) for instance in instances], pa.binary()),
+        pa.array([_text(instance.rle["counts"]) for instance in instances], pa.string()),
         pa.array([list(instance.bbox_xywh) for instance in instances], pa.list_(pa.float64())),
         pa.array([instance.score for instance in instances], pa.float64()),
         pa.array([instance.category_id for instance in instances], pa.int64()),
@@ -150,6 +150,10 @@ def _table(records: Sequence[ImageLabels]) -> pa.Table:
     fields = ("key", "image_id", "file_name", "width", "height", "error")
     outer = [pa.array([getattr(record, name) for record in records], _SCHEMA.field(name).type) for name in fields]
     return pa.Table.from_arrays([*outer, rows], schema=_SCHEMA)
+
+
+def _text(counts: str | bytes) -> str:
+    return counts if isinstance(counts, str) else counts.decode("ascii")
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:

@@ -322,7 +322,7 @@ def _parse_sample(key: str, image: bytes, record: bytes, location: str) -> Sampl
 class _DigestingReader(io.RawIOBase):
     """A stream that hashes what passes through it."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: files.ReadStream) -> None:
         self._stream = stream
         self._digest = hashlib.sha256()
 
@@ -340,7 +340,7 @@ class _DigestingReader(io.RawIOBase):
         return self._digest.hexdigest()
 
 
-class _DigestingWriter(io.RawIOBase):
+class _DigestingWriter:
     """A stream that hashes and counts what passes through it."""
 
     def __init__(self, stream: BinaryIO) -> None:

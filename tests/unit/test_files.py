@@ -1,0 +1,177 @@
+"""Files by URL: the same behaviour on every store, whole files or none, and errors that say what to do."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
+
+from freesolo.data import files
+from freesolo.errors import JobError, UsageError
+
+
+@pytest.fixture
+def fresh_s3() -> Iterator[None]:
+    """fsspec keeps one connected client a process; these tests change the environment under it."""
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return {
+        "path": str(tmp_path / "a folder"),
+        "file": f"file://{tmp_path}/a folder",
+        "memory": f"memory://{uuid.uuid4().hex}/a folder",
+    }[request.param]
+
+
+def test_what_is_written_is_read_back_and_replaced(root: str) -> None:
+    url = files.join(root, "deep", "ünïcode.bin")
+    assert not files.exists(url)
+    assert files.size(url) is None
+    files.write_atomic(url, b"first")
+    files.write_atomic(url, b"second, longer")
+    assert files.read_bytes(url) == b"second, longer"
+    assert files.exists(url)
+    assert files.size(url) == len(b"second, longer")
+
+
+def test_a_folder_is_not_a_file(root: str) -> None:
+    files.write_atomic(files.join(root, "deep/x"), b"1")
+    assert not files.exists(files.join(root, "deep"))
+    assert files.is_folder(files.join(root, "deep"))
+    assert not files.is_folder(files.join(root, "deep/x"))
+    assert not files.is_folder(files.join(root, "nothing"))
+
+
+def test_streams_read_from_front_to_back(root: str) -> None:
+    url = files.join(root, "x")
+    files.write_atomic(url, bytes(range(256)) * 100)
+    with files.open_stream(url) as stream:
+        assert stream.read(3) == b"\x00\x01\x02"
+        assert stream.read() == (bytes(range(256)) * 100)[3:]
+
+
+def test_listings_are_relative_sorted_and_recursive(root: str) -> None:
+    for name in ("b/2", "b/10", "a", "c/d/e"):
+        files.write_atomic(files.join(root, name), b"x")
+    assert files.list_files(root) == ["a", "b/10", "b/2", "c/d/e"]
+    assert files.list_files(files.join(root, "nothing")) == []
+
+
+def test_globs_give_urls_that_can_be_read(root: str) -> None:
+    for name in ("b/2.jpg", "b/1.jpg", "b/no.txt", "c/3.jpg"):
+        files.write_atomic(files.join(root, name), name.encode())
+    found = files.glob_files(files.join(root, "**/*.jpg"))
+    assert [files.read_bytes(url) for url in found] == [b"b/1.jpg", b"b/2.jpg", b"c/3.jpg"]
+    assert files.glob_files(files.join(root, "*.png")) == []
+
+
+def test_a_writer_that_fails_leaves_what_was_there(root: str) -> None:
+    url = files.join(root, "x")
+    files.write_atomic(url, b"old")
+
+    def fail_half_way() -> None:
+        with files.atomic_writer(url) as stream:
+            stream.write(b"new")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fail_half_way()
+    assert files.read_bytes(url) == b"old"
+    assert files.list_files(root) == ["x"]
+
+
+def test_nothing_is_seen_before_the_writer_is_done(root: str) -> None:
+    url = files.join(root, "x")
+    with files.atomic_writer(url) as stream:
+        stream.write(b"new")
+        stream.flush()
+        assert not files.exists(url)
+    assert files.read_bytes(url) == b"new"
+
+
+def test_other_processes_writes_are_seen_at_once(root: str) -> None:
+    url = files.join(root, "x")
+    assert files.list_files(root) == []
+    assert not files.exists(url)
+    files.write_atomic(url, b"1")
+    assert files.exists(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "parts", "joined"),
+    [
+        ("a", ("b", "c.tar"), "a/b/c.tar"),
+        ("a/", ("/b/",), "a/b"),
+        ("s3://bucket", ("x",), "s3://bucket/x"),
+        ("memory://", ("x",), "memory://x"),
+        ("/", ("x",), "/x"),
+    ],
+)
+def test_join(url: str, parts: tuple[str, ...], joined: str) -> None:
+    assert files.join(url, *parts) == joined
+
+
+def test_is_local(tmp_path: Path) -> None:
+    assert files.is_local(str(tmp_path))
+    assert files.is_local(f"file://{tmp_path}")
+    assert not files.is_local("memory://x")
+
+
+@pytest.mark.parametrize("url", ["", "nosuch://bucket/x"])
+def test_an_url_that_means_nothing_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="s3://"):
+        files.read_bytes(url)
+
+
+def test_a_missing_file_is_named(root: str) -> None:
+    url = files.join(root, "nothing")
+    with pytest.raises(UsageError, match=r"nothing: no such file or bucket"):
+        files.read_bytes(url)
+    with pytest.raises(UsageError, match="no such file or bucket"), files.open_stream(url):
+        pass
+
+
+def test_a_folder_in_place_of_a_file_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a folder where a file should be"):
+        files.read_bytes(str(tmp_path))
+
+
+def test_a_file_in_place_of_a_folder_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    with pytest.raises(UsageError, match="a folder where a file should be, or the reverse"):
+        files.write_atomic(str(tmp_path / "x" / "y"), b"1")
+    assert not files.exists(str(tmp_path / "x" / "y"))
+
+
+@pytest.mark.usefixtures("fresh_s3")
+def test_s3_without_credentials_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(UsageError, match=r"^s3://nobody/x: no credentials; set AWS_ACCESS_KEY_ID"):
+        files.write_atomic("s3://nobody/x", b"1")
+
+
+@pytest.mark.usefixtures("fresh_s3")
+@pytest.mark.timeout(60)
+def test_an_s3_server_that_is_away_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    with pytest.raises(JobError, match=r"^s3://away/x: the store cannot be reached .*AWS_ENDPOINT_URL"):
+        files.write_atomic("s3://away/x", b"1")

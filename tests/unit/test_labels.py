@@ -1,0 +1,304 @@
+"""Label sets: every image accounted for, whole or not there, resumable, reproducible, and only for their data set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from freesolo.data import files
+from freesolo.data.labels import (
+    ImageLabels,
+    LabelFile,
+    LabelFileError,
+    LabelledInstance,
+    LabelManifest,
+    LabelPlan,
+    begin_label_set,
+    check_labels_match,
+    finish_label_set,
+    finished_label_files,
+    number_instances,
+    read_label_file,
+    read_label_manifest,
+    write_label_file,
+)
+from freesolo.data.shards import DatasetManifest, ShardInfo, shard_name
+from freesolo.errors import JobError, UsageError
+
+DATASET = DatasetManifest(1, tuple(ShardInfo(shard_name(i), 3, 10, f"{i}") for i in range(2)), False, (), ())
+PLAN = LabelPlan(
+    dataset_digest=DATASET.digest,
+    dataset_url="s3://photos/set",
+    kind="free-masks",
+    model={"weights": "models:/densecl@champion", "sha256": "ab", "version": 3},
+    settings={"free_mask": {"min_maskness": 0.7, "query_scales": (1.0, 0.5)}, "batch_size": 8},
+    parent=None,
+)
+
+
+def instance(seed: int, channels: int = 4) -> LabelledInstance:
+    random = np.random.default_rng(seed)
+    return LabelledInstance(
+        mask_id=0,
+        rle={"size": [6, 8], "counts": f"0{seed}abc"},
+        bbox_xywh=(0.5, 1.0, float(seed), 2.25),
+        score=float(random.random()),
+        category_id=seed % 2,
+        embedding=random.standard_normal(channels).astype(np.float16),
+    )
+
+
+def labels(index: int, instances: int, *, error: str | None = None, channels: int = 4) -> ImageLabels:
+    found = tuple(instance(100 * index + i, channels) for i in range(instances))
+    return ImageLabels(f"{index:012d}", index, f"été/{index}.jpg", 8, 6, error, found)
+
+
+def records(first: int = 0) -> list[ImageLabels]:
+    """A shard of three: two objects, none, and an unreadable image."""
+    return [labels(first, 2), labels(first + 1, 0), labels(first + 2, 0, error="truncated JPEG")]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return str(tmp_path / "labels")
+
+
+def whole(url: str) -> LabelManifest:
+    begin_label_set(url, PLAN)
+    for i, shard in enumerate(DATASET.shards):
+        write_label_file(url, shard.name, records(10 * i))
+    return finish_label_set(url, DATASET)
+
+
+@pytest.mark.parametrize("place", ["file", "memory"])
+def test_labels_come_back_as_they_went_in(place: str, tmp_path: Path) -> None:
+    url = {"file": f"file://{tmp_path}/l", "memory": "memory://labels/round-trip"}[place]
+    write_label_file(url, "shard-000000", records())
+    read = read_label_file(url, "shard-000000")
+    assert read == number_instances("shard-000000", records())
+    first, original = read[0].instances[0], records()[0].instances[0]
+    assert first.embedding.dtype == np.float16
+    np.testing.assert_array_equal(first.embedding, original.embedding)
+    assert first.rle == {"size": [6, 8], "counts": "00abc"}
+    assert (first.bbox_xywh, first.score, first.category_id) == ((0.5, 1.0, 0.0, 2.25), original.score, 0)
+    assert read[1].instances == ()
+    assert read[2].error == "truncated JPEG"
+
+
+def test_a_difference_anywhere_is_a_difference() -> None:
+    one = instance(1)
+    assert one == instance(1)
+    for changed in (
+        replace(one, mask_id=5),
+        replace(one, rle={"size": [6, 8], "counts": "other"}),
+        replace(one, rle={"size": [8, 6], "counts": one.rle["counts"]}),
+        replace(one, bbox_xywh=(0.0, 0.0, 0.0, 0.0)),
+        replace(one, score=0.123),
+        replace(one, category_id=7),
+        replace(one, embedding=one.embedding + np.float16(1)),
+    ):
+        assert changed != one
+    assert replace(one, rle={"size": (6, 8), "counts": b"01abc"}) == one
+    assert one != "something else"
+
+
+@pytest.mark.parametrize("channels", [0, 128])
+def test_embeddings_of_any_width(url: str, channels: int) -> None:
+    write_label_file(url, "shard-000000", [labels(0, 3, channels=channels), labels(1, 0)])
+    read = read_label_file(url, "shard-000000")
+    assert [each.embedding.shape for each in read[0].instances] == [(channels,)] * 3
+    assert read[0].instances[2].embedding.tobytes() == instance(2, channels).embedding.tobytes()
+
+
+def test_a_shard_in_which_nothing_was_found(url: str) -> None:
+    file = write_label_file(url, "shard-000000", [labels(0, 0), labels(1, 0)])
+    assert (file.images, file.instances, file.unreadable) == (2, 0, 0)
+    assert [record.instances for record in read_label_file(url, "shard-000000")] == [(), ()]
+
+
+def test_a_shard_without_images(url: str) -> None:
+    assert write_label_file(url, "shard-000000", []).images == 0
+    assert read_label_file(url, "shard-000000") == []
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    first = write_label_file(str(tmp_path / "a"), "shard-000001", records())
+    assert write_label_file(str(tmp_path / "b"), "shard-000001", iter(records())) == first
+    data = (tmp_path / "a" / "shard-000001.parquet").read_bytes()
+    assert first == LabelFile("shard-000001", 3, 2, 1, len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_mask_ids_are_unique_and_tell_their_shard(url: str) -> None:
+    for i in range(2):
+        write_label_file(url, shard_name(i), [labels(0, 2), labels(1, 0), labels(2, 3)])
+    ids = [
+        [each.mask_id for record in read_label_file(url, shard_name(i)) for each in record.instances] for i in (0, 1)
+    ]
+    assert ids[0] == [1, 2, 3, 4, 5]
+    assert ids[1] == [10_000_001, 10_000_002, 10_000_003, 10_000_004, 10_000_005]
+
+
+def test_other_tools_read_the_file(url: str) -> None:
+    write_label_file(url, "shard-000000", records())
+    rows = pq.read_table(Path(url, "shard-000000.parquet")).to_pylist()
+    assert rows[0]["instances"][1]["counts"] == "01abc"
+    assert rows[0]["instances"][1]["bbox_xywh"] == [0.5, 1.0, 1.0, 2.25]
+    assert rows[2]["error"] == "truncated JPEG"
+
+
+def test_an_image_twice_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="2 records have 1 different keys"):
+        write_label_file(url, "shard-000000", [labels(0, 1), labels(0, 1)])
+    assert files.list_files(url) == []
+
+
+def test_an_rle_of_another_size_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"size \[6, 8\] in an image of height and width \[6, 9\]"):
+        write_label_file(url, "shard-000000", [replace(labels(0, 1), width=9)])
+
+
+def test_a_whole_label_set(url: str) -> None:
+    manifest = whole(url)
+    assert read_label_manifest(url) == manifest
+    assert (manifest.images, manifest.instances, manifest.unreadable) == (6, 4, 2)
+    assert manifest.plan.kind == "free-masks"
+    assert manifest.plan.settings["free_mask"]["query_scales"] == [1.0, 0.5]
+    raw = json.loads(Path(url, "manifest.json").read_text(encoding="utf-8"))
+    assert raw["totals"] == {"images": 6, "instances": 4, "unreadable": 2}
+    check_labels_match(manifest, DATASET)
+
+
+def test_digest_follows_content_and_plan(url: str) -> None:
+    manifest = whole(url)
+    assert read_label_manifest(url).digest == manifest.digest
+    assert replace(manifest, plan=replace(PLAN, parent="ab")).digest != manifest.digest
+    assert replace(manifest, files=manifest.files[:1]).digest != manifest.digest
+
+
+def test_labels_of_another_data_set_are_refused(url: str) -> None:
+    other = replace(DATASET, annotated=True)
+    with pytest.raises(UsageError, match=r"made for another data set \(s3://photos/set"):
+        check_labels_match(whole(url), other)
+    with pytest.raises(UsageError, match="made for another data set"):
+        finish_label_set(url, other)
+
+
+def test_a_half_written_label_set_is_not_there(url: str) -> None:
+    with pytest.raises(UsageError, match="no label set there"):
+        read_label_manifest(url)
+    begin_label_set(url, PLAN)
+    for shard in DATASET.shards:
+        write_label_file(url, shard.name, records())
+        with pytest.raises(UsageError, match="begun and not finished; run its job again"):
+            read_label_manifest(url)
+
+
+def test_a_killed_job_goes_on_where_it_was(url: str, tmp_path: Path) -> None:
+    begin_label_set(url, PLAN)
+    first = write_label_file(url, "shard-000000", records(0))
+    Path(url, ".shard-000001.parquet.99-ab.part").write_bytes(b"half")  # what a kill in mid-write leaves
+
+    begin_label_set(url, PLAN)
+    finished = finished_label_files(url, DATASET)
+    assert finished == {"shard-000000": first}
+    second = write_label_file(url, "shard-000001", records(10))
+    resumed = finish_label_set(url, DATASET, written=[*finished.values(), second])
+    assert resumed == whole(str(tmp_path / "never killed"))
+    assert resumed == read_label_manifest(url)
+
+
+def test_finishing_twice_changes_nothing(url: str) -> None:
+    manifest = whole(url)
+    before = Path(url, "manifest.json").read_bytes()
+    assert finish_label_set(url, DATASET) == manifest
+    assert Path(url, "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "fewer", "something else"])
+def test_what_is_not_whole_is_made_again(url: str, damage: str) -> None:
+    begin_label_set(url, PLAN)
+    write_label_file(url, "shard-000000", records(0))
+    file = write_label_file(url, "shard-000001", records(10))
+    path = Path(url, "shard-000001.parquet")
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(data[:-100])
+    elif damage == "altered":
+        at = 60  # within the first column's page
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    elif damage == "fewer":
+        write_label_file(url, "shard-000001", records(10)[:2])
+    else:
+        path.write_bytes(b"not a parquet file")
+    assert set(finished_label_files(url, DATASET)) == {"shard-000000"}
+    with pytest.raises(JobError, match="1 label files are not whole, first: shard-000001"):
+        finish_label_set(url, DATASET)
+    if damage in ("missing", "truncated", "fewer"):
+        with pytest.raises(JobError, match="shard-000001 is missing or damaged"):
+            finish_label_set(url, DATASET, written=[file])
+    with pytest.raises(UsageError, match="not finished"):
+        read_label_manifest(url)
+
+
+def test_a_label_file_that_is_missing_or_damaged_is_named(url: str) -> None:
+    with pytest.raises(LabelFileError, match=r"shard-000000\.parquet: the label file is missing"):
+        read_label_file(url, "shard-000000")
+    write_label_file(url, "shard-000000", records())
+    Path(url, "shard-000000.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(LabelFileError, match=r"shard-000000\.parquet: a damaged label file"):
+        read_label_file(url, "shard-000000")
+    pq.write_table(pa.table({"x": [1]}), Path(url, "shard-000000.parquet"))
+    with pytest.raises(LabelFileError, match="not a label file"):
+        read_label_file(url, "shard-000000")
+
+
+def test_another_plan_at_the_same_url_is_refused_with_what_differs(url: str) -> None:
+    begin_label_set(url, PLAN)
+    settings = {"free_mask": {"min_maskness": 0.6, "query_scales": (1.0, 0.5)}, "batch_size": 8, "new": 1}
+    with pytest.raises(UsageError) as caught:
+        begin_label_set(url, replace(PLAN, settings=settings, parent="cd"))
+    message = str(caught.value)
+    assert "settings.free_mask.min_maskness is 0.7 there and 0.6 here" in message
+    assert "settings.new is None there and 1 here" in message
+    assert "parent is None there and 'cd' here" in message
+    assert "batch_size" not in message
+    assert "choose another URL" in message
+
+
+def test_the_same_data_set_under_another_url_is_the_same_plan(url: str) -> None:
+    begin_label_set(url, PLAN)
+    begin_label_set(url, replace(PLAN, dataset_url="s3://mirror/set"))
+    assert whole(url).plan.dataset_url == "s3://photos/set"
+
+
+def test_a_data_set_is_not_overwritten_with_labels(url: str) -> None:
+    files.write_atomic(files.join(url, "manifest.json"), DATASET.to_json().encode())
+    with pytest.raises(UsageError, match="something else already"):
+        begin_label_set(url, PLAN)
+    with pytest.raises(UsageError, match=r"not a freesolo\.labels but freesolo\.dataset"):
+        read_label_manifest(url)
+
+
+def test_a_newer_format_is_refused(url: str) -> None:
+    whole(url)
+    for name in ("manifest.json", "plan.json"):
+        path = Path(url, name)
+        path.write_text(path.read_text(encoding="utf-8").replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(UsageError, match=r"manifest\.json: format version 9 was made by a newer freesolo: upgrade"):
+        read_label_manifest(url)
+    with pytest.raises(UsageError, match=r"plan\.json: format version 9 was made by a newer freesolo"):
+        begin_label_set(url, PLAN)
+
+
+def test_a_label_set_that_was_not_begun_cannot_be_finished(url: str) -> None:
+    with pytest.raises(UsageError, match="no label set was begun there"):
+        finish_label_set(url, DATASET)
