@@ -146,12 +146,25 @@ def test_no_resnet_in_it():
         load_backbone(network(), head("patch_embed.weight"), source="vit.pth")
 
 
-class NotATensor:
-    """Something that only unpickling code could restore."""
+class Intruder:
+    """What would run on unpickling, were pickles trusted."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.trace,)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}, "args": Intruder(tmp_path / "ran")}, tmp_path / "w.pth")
+    with pytest.raises(UsageError, match=r"w\.pth: cannot be read"):
+        read_state_dict(tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not a checkpoint", {"epoch": 3}, [1, 2], {"state_dict": {"a": 1}}, {"state_dict": NotATensor()}]
+    "content", [b"", b"not a checkpoint", {"epoch": 3}, [1, 2], {"state_dict": {"a": 1}}, {"state_dict": {}}]
 )
 def test_files_that_are_no_checkpoints(tmp_path, content):
     path = tmp_path / "w.pth"
