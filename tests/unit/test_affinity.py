@@ -61,8 +61,9 @@ def test_similarity_falls_with_the_distance_in_lab():
 
 
 def test_similarity_is_of_the_pooled_image():
-    # Each 4 x 4 block of a fine chequerboard averages to the same grey, whatever its single pixels are.
-    board = (torch.arange(8)[:, None] + torch.arange(8)[None, :]) % 2 * 255.0
+    # A fine chequerboard, inverted in its right half: no pixel is like its counterpart, but all blocks average alike.
+    columns = torch.arange(8)
+    board = (torch.arange(8)[:, None] + columns[None, :] + columns // 4) % 2 * 255.0
     similarity = colour_similarity(board.expand(1, 3, 8, 8), everywhere(1, 8, 8), dilation=1, bottom_rows_ignored=0)
     assert similarity[0, RIGHT, 0, 0] == 1.0
 
@@ -119,7 +120,13 @@ def test_each_end_selects_by_its_own_region_and_similarity():
     terms = pairwise_affinity_terms(logits, similarity, torch.tensor([0]), region, dilation=1)
     assert terms.pair_count.tolist() == [1.0]
     torch.testing.assert_close(terms.loss_sum, torch.tensor([math.log(2.0)]))
-    # With 2 inside, its pair with 1: m = 3/4 and 1/4, P(same) = 2 * 3/16 = 3/8.
+    # With 0 outside and 2 inside, 0 no longer selects its pair, and 2 selects the one with 1: m = 3/4 and 1/4,
+    # P(same) = 2 * 3/16 = 3/8.
+    region = torch.tensor([[[False, True, True]]])
+    terms = pairwise_affinity_terms(logits, similarity, torch.tensor([0]), region, dilation=1)
+    assert terms.pair_count.tolist() == [1.0]
+    torch.testing.assert_close(terms.loss_sum, torch.tensor([-math.log(3 / 8)]))
+    # With all inside, both pairs.
     terms = pairwise_affinity_terms(logits, similarity, torch.tensor([0]), everywhere(1, 1, 3), dilation=1)
     assert terms.pair_count.tolist() == [2.0]
     torch.testing.assert_close(terms.loss_sum, torch.tensor([math.log(2.0) - math.log(3 / 8)]))

@@ -1,0 +1,237 @@
+"""How good the found objects are, whatever they are called: class-agnostic COCO metrics and CorLoc.
+
+Every object counts the same and no table by category exists: a model without categories would fill it with zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from freesolo.ops.masks import Rle, rle_from_coco
+
+CORLOC_IOU = 0.5
+_OBJECT = 1  # the one category, of everything
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """What was predicted in one image.
+
+    Attributes:
+        image_id: The data set's id.
+        rles: Masks at the image's size.
+        boxes_xywh: Boxes in px, one a mask.
+        scores: One a mask; only their order matters.
+    """
+
+    image_id: int
+    rles: Sequence[Rle]
+    boxes_xywh: Sequence[Sequence[float]]
+    scores: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if not len(self.rles) == len(self.boxes_xywh) == len(self.scores):
+            raise ValueError(
+                f"image {self.image_id}: {len(self.rles)} masks, {len(self.boxes_xywh)} boxes, "
+                f"{len(self.scores)} scores"
+            )
+        if not all(math.isfinite(score) for score in self.scores):
+            raise ValueError(f"image {self.image_id}: a score is not a finite number")
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True, slots=True)
+class RegionMetrics:
+    """COCO's twelve numbers for one kind of region, each in [0, 1]; None where there is no object to find.
+
+    AP is averaged over the IoU thresholds 0.50, 0.55 ... 0.95 with at most 100 predictions an image. Small objects have
+    up to 32 x 32 px, large ones at least 96 x 96.
+    """
+
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+    ar1: float | None
+    ar10: float | None
+    ar100: float | None
+    ar_small: float | None
+    ar_medium: float | None
+    ar_large: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """How well predictions match the objects of a data set.
+
+    Attributes:
+        segm: By overlap of masks.
+        bbox: By overlap of boxes.
+        corloc: Share of the images with an object in which some prediction's mask overlaps some object's with an IoU of
+            0.5 or more; None without such images. (Discovery papers mostly use boxes; this is stricter.)
+        images: Images evaluated, those without objects included.
+        objects: Objects to find; crowd regions are none.
+        predictions: Predictions given.
+    """
+
+    segm: RegionMetrics
+    bbox: RegionMetrics
+    corloc: float | None
+    images: int
+    objects: int
+    predictions: int
+
+    def as_dict(self) -> dict[str, float | None]:
+        """All numbers under flat names: `segm/AP50`, `bbox/AR100`, `corloc`, `images`; None where undefined."""
+        flat: dict[str, float | None] = {}
+        for kind, region in (("segm", self.segm), ("bbox", self.bbox)):
+            for field in fields(region):
+                flat[f"{kind}/{field.name[:2].upper()}{field.name[2:]}"] = getattr(region, field.name)
+        return flat | {
+            "corloc": self.corloc,
+            "images": self.images,
+            "objects": self.objects,
+            "predictions": self.predictions,
+        }
+
+
+def evaluate_class_agnostic(ground_truth: Mapping[str, Any], predictions: Iterable[Detections]) -> Metrics:
+    """Compare predictions with a COCO ground truth, categories ignored.
+
+    The COCO numbers are pycocotools' own, with `useCats = 0` and maxDets (1, 10, 100). Crowd regions are ignored as
+    COCO does: a prediction inside one is neither right nor wrong, and for CorLoc they are no objects.
+
+    Args:
+        ground_truth: COCO's dictionary: `images` (`id`, `height`, `width`) and `annotations` (`image_id`, a
+            `segmentation` in any of COCO's forms; optional `iscrowd`, and `bbox` and `area`, which default to the
+            mask's). Ids and categories of annotations are not used. It is not changed.
+        predictions: At most one record an image; an image without one has no predictions.
+
+    Returns:
+        Without any object in the data set, or of a size, what measures them is None, never COCO's -1. Without any
+        prediction it is 0.
+
+    Raises:
+        ValueError: If a prediction or an annotation is of an unknown image or not of its image's size, or an image
+            has two records.
+    """
+    sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
+    records = _by_image(predictions, sizes)
+    objects = [_object(annotation, sizes, number) for number, annotation in enumerate(ground_truth["annotations"], 1)]
+    return Metrics(
+        segm=_coco_metrics(sizes, objects, _results(records, "segm"), "segm"),
+        bbox=_coco_metrics(sizes, objects, _results(records, "bbox"), "bbox"),
+        corloc=_corloc(objects, records),
+        images=len(sizes),
+        objects=sum(not thing["iscrowd"] for thing in objects),
+        predictions=sum(len(record) for record in records.values()),
+    )
+
+
+def _by_image(predictions: Iterable[Detections], sizes: Mapping[int, tuple[int, int]]) -> dict[int, Detections]:
+    records: dict[int, Detections] = {}
+    for record in predictions:
+        if record.image_id not in sizes:
+            raise ValueError(f"predictions for image {record.image_id}, which the ground truth does not have")
+        if record.image_id in records:
+            raise ValueError(f"two records of predictions for image {record.image_id}")
+        for rle in record.rles:
+            # pycocotools would give masks of different sizes an IoU of -1 and say nothing.
+            if tuple(rle["size"]) != sizes[record.image_id]:
+                raise ValueError(
+                    f"a mask of size {tuple(rle['size'])} (height, width) predicted for image {record.image_id} "
+                    f"of {sizes[record.image_id]}"
+                )
+        records[record.image_id] = record
+    return records
+
+
+def _object(annotation: Mapping[str, Any], sizes: Mapping[int, tuple[int, int]], number: int) -> dict[str, Any]:
+    """An annotation as COCOeval wants it: a copy, because COCOeval writes into it."""
+    image_id = annotation["image_id"]
+    if image_id not in sizes:
+        raise ValueError(f"annotation {annotation.get('id', number)} is of image {image_id}, which is not listed")
+    try:
+        rle = rle_from_coco(annotation["segmentation"], *sizes[image_id])
+    except ValueError as error:
+        raise ValueError(f"annotation {annotation.get('id', number)} of image {image_id}: {error}") from error
+    return {
+        "id": number,  # COCOeval takes an object of id 0 for unmatched, and files in the wild repeat ids
+        "image_id": image_id,
+        "category_id": _OBJECT,
+        "iscrowd": int(annotation.get("iscrowd", 0)),
+        "segmentation": rle,
+        "bbox": list(annotation["bbox"]) if "bbox" in annotation else coco_mask.toBbox(rle).tolist(),
+        "area": float(annotation["area"]) if "area" in annotation else float(coco_mask.area(rle)),
+    }
+
+
+def _results(records: Mapping[int, Detections], kind: Literal["segm", "bbox"]) -> list[dict[str, Any]]:
+    """Predictions as COCOeval wants them; the area, which sorts them into sizes, is that of the kind of region."""
+    results: list[dict[str, Any]] = []
+    for record in records.values():
+        for rle, box, score in zip(record.rles, record.boxes_xywh, record.scores, strict=True):
+            common = {"id": len(results) + 1, "image_id": record.image_id, "category_id": _OBJECT, "score": score}
+            if kind == "segm":
+                results.append(common | {"segmentation": rle, "area": float(coco_mask.area(rle)), "iscrowd": 0})
+            else:
+                results.append(common | {"bbox": list(box), "area": box[2] * box[3], "iscrowd": 0})
+    return results
+
+
+def _coco_metrics(
+    sizes: Mapping[int, tuple[int, int]],
+    objects: Sequence[dict[str, Any]],
+    results: Sequence[dict[str, Any]],
+    kind: Literal["segm", "bbox"],
+) -> RegionMetrics:
+    # pycocotools prints its progress. The redirection is undone before this returns, exceptions included.
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(_coco(sizes, objects), _coco(sizes, results), kind)
+        evaluator.params.useCats = 0
+        evaluator.params.maxDets = [1, 10, 100]
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return RegionMetrics(*(None if number < 0 else float(number) for number in evaluator.stats))
+
+
+def _coco(sizes: Mapping[int, tuple[int, int]], annotations: Sequence[dict[str, Any]]) -> Any:
+    """pycocotools' index of annotations, which copes with none where its `loadRes` does not."""
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes.items()],
+        "categories": [{"id": _OBJECT, "name": "object"}],
+        "annotations": [dict(annotation) for annotation in annotations],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _corloc(objects: Iterable[Mapping[str, Any]], records: Mapping[int, Detections]) -> float | None:
+    targets: dict[int, list[Rle]] = {}
+    for thing in objects:
+        if not thing["iscrowd"]:
+            targets.setdefault(thing["image_id"], []).append(thing["segmentation"])
+    if not targets:
+        return None
+    hits = 0
+    for image_id, rles in targets.items():
+        record = records.get(image_id)
+        if record is not None and len(record):
+            overlaps = coco_mask.iou(list(record.rles), rles, [0] * len(rles))
+            hits += bool(overlaps.max() >= CORLOC_IOU)
+    return hits / len(targets)
