@@ -1,0 +1,184 @@
+"""One run as one HTML file that needs nothing else: photos, masks, styles and script are all inside.
+
+It opens from a disk, from a bucket and inside MLflow's artifact viewer (a frame without storage or same origin), and
+fetches nothing: its content security policy forbids it to. The tables are plain HTML; the script draws the gallery
+and the curves.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from freesolo.progress import describe_seconds
+from freesolo.report.chart_data import chart_data
+from freesolo.report.gallery_data import gallery_data
+from freesolo.report.records import MetricRow, Report, StageSummary
+
+SCRIPTS = ("elements.js", "gallery.js", "charts.js", "page.js")
+
+
+def render_page(report: Report) -> str:
+    """The page as HTML text, to be written in UTF-8; the same report gives the same page.
+
+    Args:
+        report: Any part but the title may be empty; the page then says in its place that there is none.
+    """
+    curves = chart_data(report.curves)
+    script = '"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS)
+    return Template(_asset("page.html")).substitute(
+        policy=_policy(script),
+        title=escape(report.title),
+        style=_asset("page.css"),
+        summary=_paragraphs(report.summary.split("\n\n")),
+        facts=escape(_facts(report)),
+        pipeline=_pipeline(report.stages),
+        metrics=_metrics(report.metric_rows),
+        notes=_paragraphs(report.notes) or _empty("Nothing was written about this run's limits."),
+        gallery=_asset("gallery.html") if report.gallery else _empty("No photos were chosen for a gallery."),
+        curves=_asset("curves.html") if curves else _empty("This run trained nothing, so there are no curves."),
+        provenance=_provenance(report.provenance),
+        data=_script_json({"gallery": gallery_data(report.gallery), "curves": curves}),
+        script=script,
+    )
+
+
+def _policy(script: str) -> str:
+    """Of scripts only ours may run, by its digest; nothing may be fetched; pictures are those inside the page."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _script_json(data: object) -> str:
+    """JSON that cannot end the script element it stands in, whatever its strings hold."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _facts(report: Report) -> str:
+    facts = []
+    timed = [stage.seconds for stage in report.stages if stage.seconds is not None]
+    if report.stages:
+        facts.append(_counted(len(report.stages), "stage"))
+    if timed:
+        facts.append(f"{describe_seconds(sum(timed))} in all")
+    if report.metric_rows:
+        facts.append(f"{_counted(len(report.metric_rows), 'label set')} compared")
+    if report.gallery:
+        facts.append(f"{_counted(len(report.gallery), 'photo')} to look at")
+    return " · ".join(facts)
+
+
+def _pipeline(stages: tuple[StageSummary, ...]) -> str:
+    if not stages:
+        return _empty("No stages were recorded.")
+    total = sum(stage.seconds or 0.0 for stage in stages)
+    return '<ol class="pipeline">\n' + "\n".join(_stage(stage, total) for stage in stages) + "\n</ol>"
+
+
+def _stage(stage: StageSummary, total_seconds: float) -> str:
+    share = (stage.seconds or 0.0) / total_seconds if total_seconds else 0.0
+    time = "reused, not run again" if stage.seconds is None else describe_seconds(stage.seconds)
+    bar = f'<span style="width: {share:.1%}"></span>' if share else ""
+    counts = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(_count_text(count))}</dd></div>"
+        for name, count in stage.counts.items()
+    )
+    return (
+        f'<li class="stage"><h3>{escape(stage.name)}</h3><p class="stage-time">{time}</p>'
+        f'<div class="share" aria-hidden="true">{bar}</div>' + (f"<dl>{counts}</dl>" if counts else "") + "</li>"
+    )
+
+
+def _metrics(rows: tuple[MetricRow, ...]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    if not names:
+        return _empty("Nothing was measured: there were no annotated photos to compare with.")
+    tables: dict[str, list[str]] = {}
+    for name in names:
+        tables.setdefault(name.rpartition("/")[0], []).append(name)
+    explained = (
+        '<p class="legend-text">In percent, on the same photos; higher is better, and the best of each column is '
+        "marked. A dash means that there was nothing to measure. AP is the average precision over overlaps of 50 to "
+        "95 percent, AP50 and AP75 that at one overlap, S, M and L that of small, medium and large objects, AR the "
+        "average recall, and CorLoc the share of photos in which some prediction overlaps an object by half.</p>"
+    )
+    return "\n".join(_metric_table(title, columns, rows) for title, columns in tables.items()) + explained
+
+
+def _metric_table(title: str, columns: list[str], rows: tuple[MetricRow, ...]) -> str:
+    label = title or "Metrics"
+    head = "".join(f'<th scope="col">{escape(column.rpartition("/")[2])}</th>' for column in columns)
+    best = {column: _best(column, rows) for column in columns}
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(row.name)}</th>'
+        + "".join(_metric_cell(row.metrics.get(column), best[column]) for column in columns)
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}"><table class="metrics">'
+        f"<caption>{escape(label)}</caption>"
+        f'<thead><tr><th scope="col">Label set</th>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    )
+
+
+def _best(column: str, rows: tuple[MetricRow, ...]) -> float | None:
+    """The highest value of a column; None where there is nothing to be better than."""
+    values = [value for row in rows if (value := row.metrics.get(column)) is not None]
+    return max(values) if values and max(values) > min(values) else None
+
+
+def _metric_cell(value: float | None, best: float | None) -> str:
+    if value is None:
+        dash = '<span aria-hidden="true">&ndash;</span><span class="visually-hidden">nothing to measure</span>'
+        return f'<td class="nothing">{dash}</td>'
+    if value == best:
+        return f'<td class="best"><span>{value * 100:.1f}</span><span class="visually-hidden"> best</span></td>'
+    return f"<td>{value * 100:.1f}</td>"
+
+
+def _provenance(provenance: Mapping[str, str]) -> str:
+    if not provenance:
+        return _empty("Nothing was recorded about where this run came from.")
+    rows = (f"<dt>{escape(name)}</dt><dd>{_fact(value)}</dd>" for name, value in provenance.items())
+    return '<dl class="provenance">\n' + "\n".join(rows) + "\n</dl>"
+
+
+def _fact(value: str) -> str:
+    lines = value.strip("\n").split("\n")
+    if len(lines) == 1:
+        return f"<code>{escape(value)}</code>"
+    return f"<details><summary>{len(lines)} lines</summary><pre>{escape(value)}</pre></details>"
+
+
+def _paragraphs(paragraphs: tuple[str, ...] | list[str]) -> str:
+    return "\n".join(f"<p>{escape(text.strip())}</p>" for text in paragraphs if text.strip())
+
+
+def _empty(text: str) -> str:
+    return f'<p class="empty">{escape(text)}</p>'
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _count_text(count: int | float | str) -> str:
+    if isinstance(count, int):
+        return f"{count:,}"
+    return f"{count:,.4g}" if isinstance(count, float) else count
+
+
+def _asset(name: str) -> str:
+    return files("freesolo.report").joinpath("assets", name).read_text(encoding="utf-8").rstrip("\n")

@@ -1,0 +1,215 @@
+"""Masks over photos, contact sheets, and outlines that a browser can draw."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from freesolo.report.outline import outline_path
+from freesolo.report.pictures import (
+    contact_sheet,
+    draw_masks,
+    encode_jpeg,
+    encode_png,
+    instance_colours,
+    shrink,
+    shrink_mask,
+)
+
+PATH_COMMAND = re.compile(r"([Mhvz])(-?\d+)?(?: (-?\d+))?")
+
+
+def gray_photo(height: int = 12, width: int = 16) -> np.ndarray:
+    return np.full((height, width, 3), 100, dtype=np.uint8)
+
+
+def square(height: int, width: int, top: int, left: int, side: int) -> np.ndarray:
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+def polygons_of(path: str) -> list[list[tuple[int, int]]]:
+    """Corners (x, y) of each polygon of path data made of M, h, v and z."""
+    polygons: list[list[tuple[int, int]]] = []
+    for command, first, second in PATH_COMMAND.findall(path):
+        if command == "M":
+            polygons.append([(int(first), int(second))])
+        elif command in "hv":
+            x, y = polygons[-1][-1]
+            polygons[-1].append((x + int(first), y) if command == "h" else (x, y + int(first)))
+    return polygons
+
+
+def filled(path: str, height: int, width: int) -> np.ndarray:
+    """The even-odd fill, pixel by pixel: a pixel is inside if a ray from its middle to the left crosses oddly often."""
+    mask = np.zeros((height, width), dtype=bool)
+    for polygon in polygons_of(path):
+        for (x, y), (next_x, next_y) in zip(polygon, [*polygon[1:], polygon[0]], strict=True):
+            assert x == next_x or y == next_y, "every edge runs along pixels"
+            if x == next_x:
+                for row in range(min(y, next_y), max(y, next_y)):
+                    mask[row, x:] ^= True
+    return mask
+
+
+# --- outlines -------------------------------------------------------------------------------------------------------
+
+
+def test_the_outline_of_one_pixel_is_its_square() -> None:
+    assert outline_path(square(3, 5, 1, 3, 1)) == "M3 1h1v1h-1z"
+
+
+def test_an_empty_mask_has_no_outline() -> None:
+    assert outline_path(np.zeros((4, 4), dtype=bool)) == ""
+    assert outline_path(np.zeros((0, 4), dtype=bool)) == ""
+
+
+def test_a_hole_is_a_polygon_of_its_own() -> None:
+    ring = square(5, 5, 0, 0, 5) ^ square(5, 5, 2, 2, 1)
+    assert outline_path(ring) == "M0 0h5v5h-5zM2 2h1v1h-1z"
+
+
+@settings(max_examples=300, deadline=None)
+@given(hnp.arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9))))
+def test_filling_the_outline_gives_the_mask_back(mask: np.ndarray) -> None:
+    assert np.array_equal(filled(outline_path(mask), *mask.shape), mask)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 1)])
+def test_pixels_that_touch_across_a_diagonal(corner: tuple[int, int]) -> None:
+    checkered = np.indices((4, 4)).sum(axis=0) % 2 == corner[1]
+    assert np.array_equal(filled(outline_path(checkered), 4, 4), checkered)
+
+
+# --- overlays -------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_is_tinted_inside_and_outlined_at_its_border() -> None:
+    mask = square(12, 16, 2, 3, 5)
+    drawn = draw_masks(gray_photo(), mask[None], opacity=0.5)
+    colour = instance_colours(1)[0]
+    assert np.array_equal(drawn[2, 3], colour)  # border
+    assert np.array_equal(drawn[6, 7], colour)
+    inside = np.round(0.5 * 100 + 0.5 * colour.astype(np.float64))  # half photo, half colour
+    assert np.array_equal(drawn[4, 5], inside)
+    assert np.array_equal(drawn[~mask], gray_photo()[~mask])
+
+
+def test_a_mask_at_the_edge_of_the_picture_is_outlined_there() -> None:
+    drawn = draw_masks(gray_photo(), np.ones((1, 12, 16), dtype=bool))
+    assert np.array_equal(drawn[0, 5], instance_colours(1)[0])
+
+
+def test_no_masks_leave_a_copy_of_the_photo() -> None:
+    photo = gray_photo()
+    drawn = draw_masks(photo, np.zeros((0, 12, 16), dtype=bool), np.zeros(0))
+    assert np.array_equal(drawn, photo)
+    assert not np.shares_memory(drawn, photo)
+
+
+def test_one_pixel_is_seen() -> None:
+    drawn = draw_masks(gray_photo(), square(12, 16, 4, 9, 1)[None], opacity=0.0)
+    assert np.array_equal(drawn[4, 9], instance_colours(1)[0])
+    assert (drawn != 100).any(axis=2).sum() == 1
+
+
+def test_a_small_mask_lies_over_a_large_one_whatever_their_order() -> None:
+    small, large = square(12, 16, 4, 4, 3), square(12, 16, 1, 1, 10)
+    for masks, small_at in ((np.stack([small, large]), 0), (np.stack([large, small]), 1)):
+        drawn = draw_masks(gray_photo(), masks)
+        assert np.array_equal(drawn[4, 4], instance_colours(2)[small_at])
+
+
+def test_scores_are_written_in_the_picture_even_at_its_corner() -> None:
+    photo = gray_photo(60, 80)
+    masks = np.stack([square(60, 80, 59, 79, 1), np.zeros((60, 80), dtype=bool)])
+    plain = draw_masks(photo, masks)
+    scored = draw_masks(photo, masks, np.array([0.87, 0.5]))
+    assert scored.shape == photo.shape
+    changed = (scored != plain).any(axis=2)
+    assert 30 < changed.sum() < 600  # one chip; the empty mask has none
+    assert changed[40:, 50:].sum() == changed.sum()  # in the corner where its mask is
+
+
+def test_instance_colours_are_distinct_and_stable() -> None:
+    colours = instance_colours(20)
+    assert instance_colours(0).shape == (0, 3)
+    assert np.array_equal(instance_colours(5), colours[:5])
+    apart = np.abs(colours[:, None].astype(int) - colours[None].astype(int)).sum(axis=2)
+    assert apart[~np.eye(20, dtype=bool)].min() > 30
+
+
+# --- contact sheets -------------------------------------------------------------------------------------------------
+
+
+def test_a_contact_sheet_places_pictures_in_rows() -> None:
+    red, blue = np.zeros((10, 20, 3), np.uint8), np.zeros((20, 10, 3), np.uint8)
+    red[..., 0], blue[..., 2] = 255, 255
+    sheet = contact_sheet([red, blue, red], columns=2, cell=40, gap=4)
+    assert sheet.shape == (2 * 44 + 4, 2 * 44 + 4, 3)
+    assert sheet[24, 24].tolist() == [255, 0, 0]  # the middle of the first cell
+    assert sheet[24, 68].tolist() == [0, 0, 255]
+    assert sheet[68, 24].tolist() == [255, 0, 0]
+    assert sheet[68, 68].tolist() == sheet[0, 0].tolist()  # nothing in the fourth
+    assert sheet[6, 24].tolist() == sheet[0, 0].tolist()  # a wide picture is half as high as its cell: rows 14 to 33
+
+
+def test_a_contact_sheet_of_nothing_is_an_empty_cell() -> None:
+    sheet = contact_sheet([], cell=40, gap=4)
+    assert sheet.shape == (48, 48, 3)
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) == 1
+
+
+def test_captions_stand_below_and_are_cut_to_fit() -> None:
+    pictures = [gray_photo(), gray_photo()]
+    sheet = contact_sheet(pictures, ["short", "a long name " * 20], columns=2, cell=64, gap=4)
+    assert sheet.shape[0] > 64 + 8
+    paper = sheet[0, 0]
+    assert (sheet[68:, 4:68] != paper).any()  # text under the first
+    assert (sheet[:, 136:] == paper).all()  # and none in the right margin
+
+
+def test_captions_must_be_as_many_as_pictures() -> None:
+    with pytest.raises(ValueError, match="1 pictures but 2 captions"):
+        contact_sheet([gray_photo()], ["a", "b"])
+
+
+# --- sizes and files ------------------------------------------------------------------------------------------------
+
+
+def test_a_large_photo_is_shrunk_and_a_small_one_kept() -> None:
+    assert shrink(gray_photo(100, 200), 50).shape == (25, 50, 3)
+    assert shrink(gray_photo(100, 1), 50).shape == (50, 1, 3)
+    assert np.array_equal(shrink(gray_photo(), 50), gray_photo())
+
+
+def test_a_shrunk_mask_keeps_pixels_that_are_half_covered() -> None:
+    mask = np.zeros((4, 8), dtype=bool)
+    mask[:2, :2] = True  # all of the first pixel of the small mask
+    mask[0, 2:4] = True  # half of the second
+    mask[2, 4] = True  # a quarter of one in the second row
+    assert shrink_mask(mask, 4).tolist() == [[True, True, False, False], [False, False, False, False]]
+    assert np.array_equal(shrink_mask(mask, 8), mask)
+
+
+def test_a_mask_too_thin_to_shrink_keeps_a_pixel() -> None:
+    shrunk = shrink_mask(square(40, 80, 21, 60, 1), 8)  # by ten: row 2, column 6
+    assert np.argwhere(shrunk).tolist() == [[2, 6]]
+    assert not shrink_mask(np.zeros((40, 80), dtype=bool), 8).any()
+
+
+def test_pictures_are_written_as_files() -> None:
+    picture = draw_masks(gray_photo(), square(12, 16, 2, 3, 5)[None])
+    with Image.open(io.BytesIO(encode_png(picture))) as image:
+        assert image.format == "PNG"
+        assert np.array_equal(np.asarray(image), picture)
+    with Image.open(io.BytesIO(encode_jpeg(picture))) as image:
+        assert (image.format, image.size) == ("JPEG", (16, 12))
