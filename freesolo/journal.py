@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import SEEK_END
 from itertools import islice
 from pathlib import Path
 
@@ -65,7 +66,8 @@ class Journal:
         self._lock = threading.Lock()
         kept = [entry for entry in read_journal(run_url) if resume_step is None or entry.step < resume_step]
         self._folder = Path(tempfile.mkdtemp(prefix="freesolo-journal-"))
-        self._file = (self._folder / JOURNAL_NAME).open("ab")
+        self._file = self._folder / JOURNAL_NAME
+        self._file.touch()
         self._count = 0
         self._last_step = 0
         for entry in kept:
@@ -84,7 +86,7 @@ class Journal:
         """Write what was measured at `step`; nothing leaves this machine. No metrics: no entry.
 
         Raises:
-            ValueError: After `close`.
+            FileNotFoundError: After `close`.
         """
         if metrics:
             now = int(time.time() * 1000)
@@ -95,7 +97,7 @@ class Journal:
 
         The offset of the first entry is 0; every other one is an offset that this returned.
         """
-        with self._lock, (self._folder / JOURNAL_NAME).open("rb") as file:
+        with self._lock, self._file.open("rb") as file:
             file.seek(offset)
             lines = list(islice(file, max_entries))
         return [_parse(line) for line in lines], offset + sum(map(len, lines))
@@ -107,7 +109,7 @@ class Journal:
             UsageError, JobError: As `freesolo.data.files.write_atomic`.
         """
         with self._lock:
-            data = (self._folder / JOURNAL_NAME).read_bytes()
+            data = self._file.read_bytes()
         write_atomic(self.url, data)
 
     def close(self) -> None:
@@ -116,19 +118,17 @@ class Journal:
         Raises:
             UsageError, JobError: As `flush`; the file on this machine is then kept.
         """
-        if self._file.closed:
-            return
-        self.flush()
-        with self._lock:
-            self._file.close()
+        if self._file.exists():
+            self.flush()
             shutil.rmtree(self._folder)
 
     def _write(self, entry: Entry) -> None:
         record = {"step": entry.step, "time_ms": entry.time_ms, "metrics": _jsonable(entry.metrics)}
         line = json.dumps(record, allow_nan=False) + "\n"
         with self._lock:
-            self._file.write(line.encode())
-            self._file.flush()  # to the operating system: readers see it, and it survives this process
+            with self._file.open("r+b") as file:  # not "a", which would make it anew after `close`
+                file.seek(0, SEEK_END)
+                file.write(line.encode())
             self._count += 1
             self._last_step = entry.step
 

@@ -163,11 +163,13 @@ def request_limits(*, seconds: int, retries: int) -> Iterator[None]:
 
 def explain(uri: str, error: BaseException) -> str:
     """What went wrong with MLflow at `uri`, in one line for people."""
+    if isinstance(error, Refused):
+        return str(error)
     cause = error
     while (deeper := cause.__cause__ or cause.__context__) is not None:
         cause = deeper
     # requests wraps urllib3, which wraps the socket's own words; the latter are the clear ones.
-    if isinstance(cause, OSError) and cause is not error:
+    if isinstance(cause, OSError) and cause.filename is None:
         return f"{uri} does not answer ({_one_line(cause)})"
     return f"{uri}: {_one_line(error)}"
 
