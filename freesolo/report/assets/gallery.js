@@ -140,7 +140,7 @@ class Gallery {
     const visible = counts.filter(({ layer }) => this.filters.shown[layer]);
     const first = this.page * this.perPage;
     const last = Math.min(first + this.perPage, this.data.photos.length);
-    const which = last - first === 1 ? `Photo ${last}` : `Photos ${first + 1}–${last}`;
+    const which = last - first === 1 ? `Photo ${last}` : `Photos ${first + 1} to ${last}`;
     const text = `${which} of ${this.data.photos.length} · ${countOf(sum(visible, "passed"), sum(visible, "all"))}`;
     for (const { status, previous, next } of this.pagers) {
       status.textContent = text;
