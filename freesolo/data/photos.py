@@ -175,7 +175,8 @@ def _scale_own_range(grey: Float[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W"]
     darkest, brightest = finite.min(), finite.max()
     if darkest == brightest:
         return np.zeros(grey.shape, np.uint8)
-    return np.rint((finite - darkest) * (255.0 / (brightest - darkest))).clip(0, 255).astype(np.uint8)
+    scaled: Float[np.ndarray, "H W"] = np.rint((finite - darkest) * (255.0 / (brightest - darkest)))
+    return scaled.clip(0, 255).astype(np.uint8)
 
 
 def _grey_to_rgb(grey: Shaped[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 3"]:
