@@ -112,11 +112,13 @@ class SoloV2Head(nn.Module):
             categories.append(self.category_output(semantic).flatten(2))
             embeddings.append(self.embedding_output(semantic).flatten(2))
             kernels.append(self.kernel_output(self.kernel_tower(grid)).flatten(2))
+        kernel = torch.cat(kernels, dim=2)
         return SoloPredictions(
             category_logits=torch.cat(categories, dim=2),
-            kernels=torch.cat(kernels, dim=2),
+            kernels=kernel,
             embeddings=torch.cat(embeddings, dim=2),
-            mask_features=self._mask_features(pyramid),
+            # Autocast computes group norms in float32 and convolutions not; they are multiplied with one another.
+            mask_features=self._mask_features(pyramid).to(kernel.dtype),
         )
 
     def mask_logits(

@@ -1,0 +1,209 @@
+"""SOLO's losses against slow twins written from the papers' equations, with loops over cells, pixels and pairs.
+
+Focal loss (arXiv:1708.02002) eq. 5; Dice (arXiv:1912.04488) eq. 3; the projection, pairwise and embedding terms of
+FreeSOLO (arXiv:2202.12181) sec. 3.2 and BoxInst (arXiv:2012.02310) sec. 3.2; their means over positives and levels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from freesolo.config import LossSettings, SoloModelSettings
+from freesolo.ops.affinity import colour_similarity
+from freesolo.solo.head import SoloPredictions, SoloV2Head
+from freesolo.solo.losses import free_mask_losses, mask_losses
+from freesolo.solo.targets import assign_targets
+from freesolo.types import Instances
+
+HEIGHT, WIDTH = 64, 96
+MODEL = SoloModelSettings(
+    num_categories=2,
+    fpn_channels=8,
+    tower_channels=32,
+    tower_convs=1,
+    mask_tower_channels=32,
+    kernel_channels=32,
+    embedding_channels=5,
+    grid_sizes=(8, 7, 5, 3, 2),
+    scale_ranges=((1, 12), (6, 24), (12, 48), (24, 96), (48, 256)),
+    centre_sigma=0.4,
+)
+CELLS = sum(size * size for size in MODEL.grid_sizes)
+STEPS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def twin_focal(logits: list[list[float]], category: list[int], alpha: float, gamma: float) -> float:
+    """The sum over one image's cells and categories; `logits` is (C, L)."""
+    total = 0.0
+    for c, row in enumerate(logits):
+        for cell, logit in enumerate(row):
+            p = sigmoid(logit)
+            if category[cell] == c:
+                total -= alpha * (1 - p) ** gamma * math.log(p)
+            else:
+                total -= (1 - alpha) * p**gamma * math.log(1 - p)
+    return total
+
+
+def twin_dice(p: list[float], q: list[float]) -> float:
+    overlap = sum(a * b for a, b in zip(p, q, strict=True))
+    return 1 - 2 * overlap / (sum(a * a for a in p) + sum(b * b for b in q))
+
+
+def columns_of(mask: list[list[float]]) -> list[list[float]]:
+    return [list(column) for column in zip(*mask, strict=True)]
+
+
+def twin_max_projection(p: list[list[float]], q: list[list[float]]) -> float:
+    rows = twin_dice([max(row) for row in p], [max(row) for row in q])
+    return rows + twin_dice([max(column) for column in columns_of(p)], [max(column) for column in columns_of(q)])
+
+
+def twin_mean_projection(p: list[list[float]], q: list[list[float]]) -> float:
+    def means(lines: list[list[float]]) -> list[float]:
+        return [sum(line) / len(line) for line in lines]
+
+    return twin_dice(means(p), means(q)) + twin_dice(means(columns_of(p)), means(columns_of(q)))
+
+
+def twin_pairwise(p: list[list[float]], q: list[list[float]], similarity: list[list[list[float]]]) -> float:
+    """The mean over the pairs whose first pixel lies in the box of `q` and whose similarity is 0.3 or more."""
+    inside = [(row, column) for row, line in enumerate(q) for column, value in enumerate(line) if value]
+    top, bottom = min(row for row, _ in inside), max(row for row, _ in inside)
+    left, right = min(column for _, column in inside), max(column for _, column in inside)
+    total, count = 0.0, 0
+    for row in range(top, bottom + 1):
+        for column in range(left, right + 1):
+            for k, (down, across) in enumerate(STEPS):
+                if similarity[k][row][column] >= 0.3:
+                    a, b = p[row][column], p[row + 2 * down][column + 2 * across]
+                    total -= math.log(a * b + (1 - a) * (1 - b))
+                    count += 1
+    return total / count if count else 0.0
+
+
+def twin_embedding(predicted: list[float], target: list[float]) -> float:
+    product = sum(a * b for a, b in zip(predicted, target, strict=True))
+    return -product / math.hypot(*predicted) / math.hypot(*target)
+
+
+def twin_level_mean(terms: list[tuple[int, float]]) -> float:
+    """The mean over a level's positives, then over the levels that have any; `terms` are (level, value)."""
+    levels = sorted({level for level, _ in terms})
+    means = [np.mean([value for at, value in terms if at == level]) for level in levels]
+    return float(np.mean(means)) if means else 0.0
+
+
+def random_batch(seed: int, count: int) -> tuple[SoloPredictions, Instances, torch.Tensor, torch.Tensor]:
+    """Three images, the last of which has no instances; predictions of any kind; nearly grey pixels; sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    integers = np.random.default_rng(seed)
+    masks = torch.zeros(count, HEIGHT, WIDTH, dtype=torch.bool)
+    for mask in masks:
+        h, w = (int(integers.integers(1, side // 2)) for side in (HEIGHT, WIDTH))
+        top, left = int(integers.integers(0, HEIGHT - h)), int(integers.integers(0, WIDTH - w))
+        mask[top : top + h, left : left + w] = True
+    masks &= torch.rand(masks.shape, generator=generator) < 0.8
+    instances = Instances(
+        image_index=torch.from_numpy(np.sort(integers.integers(0, 2, count))),
+        masks=masks,
+        category_ids=torch.from_numpy(integers.integers(0, 2, count)),
+        scores=torch.ones(count),
+        embeddings=torch.nn.functional.normalize(torch.randn(count, 5, generator=generator), dim=1),
+    )
+    predictions = SoloPredictions(
+        category_logits=2 * torch.randn(3, 2, CELLS, generator=generator),
+        kernels=torch.randn(3, 32, CELLS, generator=generator),
+        embeddings=torch.randn(3, 5, CELLS, generator=generator),
+        mask_features=0.5 * torch.rand(3, 32, HEIGHT // 4, WIDTH // 4, generator=generator),
+    )
+    pixels = (120 + 10 * torch.rand(3, 3, HEIGHT, WIDTH, generator=generator)).byte()
+    sizes = torch.tensor([[64, 96], [60, 77], [41, 96]])
+    rows, columns = torch.arange(HEIGHT), torch.arange(WIDTH)
+    valid = (rows[None, :, None] < sizes[:, 0, None, None]) & (columns[None, None, :] < sizes[:, 1, None, None])
+    return predictions, instances, colour_similarity(pixels, valid), valid
+
+
+def reduced(mask: torch.Tensor) -> list[list[float]]:
+    """The mask at stride 4: a bilinear sample in the middle of each block; if all are below 0.5, blocks touched."""
+    rows, columns = HEIGHT // 4, WIDTH // 4
+    sampled = [
+        [float(mask[4 * r + 1 : 4 * r + 3, 4 * c + 1 : 4 * c + 3].float().mean() >= 0.5) for c in range(columns)]
+        for r in range(rows)
+    ]
+    if any(any(line) for line in sampled):
+        return sampled
+    return [[float(mask[4 * r : 4 * r + 4, 4 * c : 4 * c + 4].any()) for c in range(columns)] for r in range(rows)]
+
+
+def twin_masks(predictions: SoloPredictions, image: int, cell: int) -> list[list[float]]:
+    """The mask of a cell: at each pixel the dot product of the cell's kernel and the features, then the sigmoid."""
+    kernel = predictions.kernels[image, :, cell].double().numpy()
+    features = predictions.mask_features[image].double().numpy()
+    _, rows, columns = features.shape
+    return [[sigmoid(float(np.dot(kernel, features[:, r, c]))) for c in range(columns)] for r in range(rows)]
+
+
+@pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 4), (2, 9), (3, 0)])
+def test_free_mask_losses_equal_their_twin(seed: int, count: int):
+    predictions, instances, similarity, _ = random_batch(seed, count)
+    targets = assign_targets(instances, 3, HEIGHT, WIDTH, MODEL)
+    head = SoloV2Head(MODEL)
+    losses = free_mask_losses(
+        head, predictions, targets, instances, similarity, LossSettings(), step=250, empty_images="unknown"
+    )
+    terms: dict[str, list[tuple[int, float]]] = {
+        name: [] for name in ("max_projection", "mean_projection", "pairwise", "embedding")
+    }
+    columns = (targets.instance, targets.image, targets.level, targets.cell)
+    for instance, image, level, cell in zip(*(column.tolist() for column in columns), strict=True):
+        p, q = twin_masks(predictions, image, cell), reduced(instances.masks[instance])
+        embedding = predictions.embeddings[image, :, cell].tolist()
+        values = {
+            "max_projection": twin_max_projection(p, q),
+            "mean_projection": twin_mean_projection(p, q),
+            "pairwise": twin_pairwise(p, q, similarity[image].tolist()),
+            "embedding": twin_embedding(embedding, instances.embeddings[instance].tolist()),
+        }
+        for name, value in values.items():
+            terms[name].append((level, value))
+    assert len({level for level, _ in terms["pairwise"]}) >= min(2, count)
+
+    images = set(instances.image_index.tolist())
+    focal = sum(
+        twin_focal(predictions.category_logits[image].tolist(), targets.categories[image].tolist(), 0.25, 2.0)
+        for image in images
+    )
+    weights = {"max_projection": 1.0, "mean_projection": 0.1, "pairwise": 250 / 1000, "embedding": 4.0}
+    expected = {name: weights[name] * twin_level_mean(terms[name]) for name in weights}
+    expected["category"] = focal / (len(targets.valid) + 1)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 4), (2, 9), (3, 0)])
+def test_mask_losses_equal_their_twin(seed: int, count: int):
+    predictions, instances, _, _ = random_batch(seed, count)
+    targets = assign_targets(instances, 3, HEIGHT, WIDTH, MODEL)
+    losses = mask_losses(SoloV2Head(MODEL), predictions, targets, instances, LossSettings())
+    dice = []
+    columns = (targets.instance, targets.image, targets.cell)
+    for instance, image, cell in zip(*(column.tolist() for column in columns), strict=True):
+        p, q = twin_masks(predictions, image, cell), reduced(instances.masks[instance])
+        dice.append(twin_dice([value for row in p for value in row], [value for row in q for value in row]))
+    focal = sum(
+        twin_focal(predictions.category_logits[image].tolist(), targets.categories[image].tolist(), 0.25, 2.0)
+        for image in range(3)
+    )
+    expected = {
+        "category": focal / (len(targets.valid) + 1),
+        "dice": 3 * (sum(dice) / len(dice) if dice else 0.0),
+    }
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
