@@ -7,7 +7,7 @@ Colour augmentation is not here: it is done on whole batches, on the training de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,8 @@ Row = dict[str, Any]
 Batch_co = TypeVar("Batch_co", covariant=True)
 
 
+@runtime_checkable
+@runtime_checkable
 class View(Protocol[Batch_co]):
     """A way to look at samples."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from freesolo.config import LoopSettings, OptimizerSettings
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is trained. DenseCL and SOLO each are one (`train.tasks`)."""
 

@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Progress:
     bad_samples: int = 0
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Where batches come from; `data.ingest.TrainingStream` is one."""
 
@@ -51,6 +52,7 @@ class Batches(Protocol):
         """One worker's batches for the next `steps` steps, each with `content` and `bad`."""
 
 
+@runtime_checkable
 class Recorder(Protocol):
     """Who is told. Called on every worker at the same steps; only worker 0's metrics are for keeps."""
 

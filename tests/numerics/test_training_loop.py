@@ -1,0 +1,300 @@
+"""The loop: resumed equals uninterrupted bit for bit, with one worker and with two; bad numbers stop it, by name."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+
+from freesolo.config import LoopSettings, LossSettings, OptimizerSettings, PackJob, SoloModelSettings
+from freesolo.data.order import Order, StreamState, worker_pieces
+from freesolo.errors import JobError, UsageError
+from freesolo.ops.collectives import rank
+from freesolo.solo.task import SoloTask, concatenate
+from freesolo.train.checkpoint import load_checkpoint, save_checkpoint
+from freesolo.train.learner import Learner
+from freesolo.train.loop import Progress, train
+from freesolo.types import ImageBatch, Instances, SegmentationBatch
+
+SIZE = 64
+SAMPLES = 10
+MODEL = SoloModelSettings(
+    backbone="resnet18",
+    fpn_channels=32,
+    tower_channels=32,
+    tower_convs=1,
+    mask_tower_channels=32,
+    kernel_channels=32,
+    embedding_channels=8,
+    grid_sizes=(8, 6, 4, 3, 2),
+    scale_ranges=((1, 24), (12, 48), (24, 96), (48, 192), (96, 512)),
+)
+OPTIMIZER = OptimizerSettings(learning_rate=0.02, schedule="cosine", warmup_steps=2, gradient_clip_norm=5.0)
+JOB = PackJob(photos="p", dataset="d")
+
+
+def settings(steps: int = 6, **others: Any) -> LoopSettings:
+    return LoopSettings(steps=steps, batch_size=4, log_every=1, checkpoint_every=1, **others)
+
+
+def sample(number: int) -> SegmentationBatch:
+    """A photo of noise with one rectangle in it, another one for each number."""
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(0, 256, (1, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    masks = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
+    top, left = 3 * number % 30, 5 * number % 30
+    masks[0, top : top + 20, left : left + 24] = True
+    instances = Instances(
+        image_index=torch.zeros(1, dtype=torch.int64),
+        masks=masks,
+        category_ids=torch.zeros(1, dtype=torch.int64),
+        scores=torch.ones(1),
+        embeddings=torch.nn.functional.normalize(torch.randn(1, 8, generator=generator), dim=1),
+    )
+    return SegmentationBatch(ImageBatch(pixels, torch.tensor([[SIZE, SIZE]]), (number,)), instances)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A stream over drawn photos, in the order that `data.order` gives, without Ray."""
+
+    accumulation_steps: int = 1
+    bad_at_step: int | None = None
+
+    @property
+    def samples(self) -> int:
+        return SAMPLES
+
+    def batches(self, state: StreamState, *, steps: int, worker: int, workers: int) -> Iterator[Any]:
+        order = Order((4, 6), seed=0)
+        pieces = worker_pieces(order, state, steps=steps, batch_size=4, worker=worker, workers=workers)
+        numbers = [n for piece in pieces for n in self._numbers(order, piece)]
+        count = 4 // workers // self.accumulation_steps
+        for start in range(0, len(numbers), count):
+            samples = [sample(number) for number in numbers[start : start + count]]
+            bad = (_Bad(),) if start == self.bad_at_step else ()
+            yield _Batch(concatenate(samples), bad)
+
+    def _numbers(self, order: Order, piece: Any) -> list[int]:
+        members = [n for shard in piece.window.shards for n in (range(4) if shard == 0 else range(4, 10))]
+        return [members[place] for place in order.permutation(piece.window)[piece.start : piece.stop]]
+
+
+@dataclass(frozen=True)
+class _Bad:
+    key: str = "000007"
+    reason: str = "truncated"
+
+
+@dataclass(frozen=True)
+class _Batch:
+    content: SegmentationBatch
+    bad: tuple[_Bad, ...] = ()
+
+
+@dataclass(frozen=True)
+class WeakView:
+    """SOLO on the batch as it is."""
+
+    module: nn.Module
+
+    def prepare(self, batch: SegmentationBatch, generator: torch.Generator) -> tuple[SegmentationBatch, ...]:
+        noise = torch.rand(batch.images.pixels.shape, generator=generator)  # so that a step's randomness matters
+        images = ImageBatch(batch.images.pixels.float() * 0.9 + 20 * noise, batch.images.sizes, batch.images.image_ids)
+        return (SegmentationBatch(images, batch.instances),)
+
+    def after_step(self, step: int) -> None:
+        return
+
+
+@dataclass
+class Kept:
+    """Keeps all that it is told; saves a checkpoint into `folder` where there is one."""
+
+    learner: Learner
+    folder: Path | None = None
+    metrics_of: dict[int, dict[str, float]] = field(default_factory=dict)
+    ids_of: dict[int, list[int]] = field(default_factory=dict)
+    stop_after: int | None = None
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.metrics_of[step] = values
+
+    def samples(self, step: int, image_ids: tuple[int, ...]) -> None:
+        self.ids_of.setdefault(step, []).extend(image_ids)
+
+    def picture(self, step: int, inputs: Any) -> None:
+        return
+
+    def checkpoint(self, progress: Progress) -> None:
+        if self.folder is not None and rank() == 0:
+            target = self.folder / str(progress.step)
+            target.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(target, self.learner, progress, JOB, "commit")
+        if progress.step == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def learner_for(loop: LoopSettings, *, seed: int = 0) -> Learner:
+    task = SoloTask(MODEL, "free_masks", LossSettings(pairwise_warmup_steps=2))
+    task.initialise(torch.Generator().manual_seed(seed))
+    return Learner(WeakView(task), loop, OPTIMIZER, torch.device("cpu"))
+
+
+def weights(learner: Learner) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in learner.task.module.state_dict().items()}
+
+
+def run_whole_and_resumed(folder: Path, loop: LoopSettings, stop: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The final weights of an uninterrupted run, and of one that stopped and went on from its checkpoint."""
+    whole = learner_for(loop)
+    train(whole, Drawn(loop.accumulation_steps), loop, OPTIMIZER, Kept(whole))
+    first = learner_for(loop)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, Drawn(loop.accumulation_steps), loop, OPTIMIZER, Kept(first, folder, stop_after=stop))
+    if distributed.is_initialized():
+        distributed.barrier()
+    second = learner_for(loop, seed=99)  # other weights, which the checkpoint must replace
+    progress = load_checkpoint(folder / str(stop), second)
+    train(second, Drawn(loop.accumulation_steps), loop, OPTIMIZER, Kept(second), progress=progress)
+    return weights(whole), weights(second)
+
+
+@pytest.mark.parametrize("others", [{}, {"accumulation_steps": 2}, {"ema_decay": 0.9}], ids=["plain", "accum", "ema"])
+def test_resumed_equals_uninterrupted(tmp_path: Path, others: dict[str, Any]) -> None:
+    whole, resumed = run_whole_and_resumed(tmp_path, settings(**others), stop=3)
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def _two_workers(worker: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=worker, world_size=2)
+    whole, resumed = run_whole_and_resumed(folder, settings(), stop=3)
+    # Batch norm's running statistics are each worker's own, and only worker 0's are kept in a checkpoint.
+    names = [name for name in whole if worker == 0 or "running" not in name]
+    torch.save([name for name in names if not torch.equal(whole[name], resumed[name])], folder / f"differ-{worker}.pt")
+    torch.save(whole, folder / f"whole-{worker}.pt")
+    distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_resumed_equals_uninterrupted_with_two_workers(tmp_path: Path) -> None:
+    multiprocessing.spawn(_two_workers, (tmp_path, free_port()), nprocs=2)
+    for worker in range(2):
+        assert torch.load(tmp_path / f"differ-{worker}.pt") == []
+    first, second = (torch.load(tmp_path / f"whole-{worker}.pt") for worker in range(2))
+    for name, value in first.items():
+        if "running" not in name:
+            assert torch.equal(value, second[name]), name
+
+
+def test_each_sample_is_used_once_an_epoch() -> None:
+    loop = settings(steps=5)  # 20 samples: two epochs of 10
+    learner = learner_for(loop)
+    kept = Kept(learner)
+    train(learner, Drawn(), loop, OPTIMIZER, kept)
+    used = [number for step in range(5) for number in kept.ids_of[step]]
+    assert sorted(used[:10]) == sorted(used[10:]) == list(range(10))
+
+
+def test_metrics_are_means_of_named_losses_and_their_sum() -> None:
+    loop = settings(steps=2)
+    learner = learner_for(loop)
+    kept = Kept(learner)
+    train(learner, Drawn(), loop, OPTIMIZER, kept)
+    values = kept.metrics_of[2]
+    parts = [value for name, value in values.items() if name.startswith("loss/")]
+    assert len(parts) == 5
+    assert values["loss"] == pytest.approx(sum(parts))
+    assert values["gradient_norm"] > 0
+    assert 0 <= values["data_wait_share"] <= 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images() -> None:
+    loop = settings()
+    learner = learner_for(loop)
+    with torch.no_grad():
+        learner.task.module.segmenter.backbone.conv1.weight.fill_(float("nan"))
+    with pytest.raises(
+        JobError, match=r"step 1: a loss is not finite .*image ids of the batch: \[\d+, \d+, \d+, \d+\]"
+    ):
+        train(learner, Drawn(), loop, OPTIMIZER, Kept(learner))
+
+
+def test_bad_samples_are_counted_and_named_above_the_budget() -> None:
+    loop = settings()
+    learner = learner_for(loop)
+    with pytest.raises(JobError, match=r"1 unusable samples, more than the 0 .* first: 000007 \(truncated\)"):
+        train(learner, Drawn(bad_at_step=4), loop, OPTIMIZER, Kept(learner), max_bad_samples=0.0)
+    learner = learner_for(loop)
+    kept = Kept(learner)
+    train(learner, Drawn(bad_at_step=4), loop, OPTIMIZER, kept, max_bad_samples=0.1)
+    assert kept.metrics_of[6]["bad_samples"] == 1
+
+
+class Regression(nn.Module):
+    """Mean square of a weighted sum of each image's mean colours: each image counts the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.3, -0.2, 0.5]))
+
+    def forward(self, batch: SegmentationBatch, step: int) -> dict[str, Tensor]:
+        return {"square": (batch.images.pixels.float().mean(dim=(2, 3)) / 255 @ self.weight).square().mean()}
+
+
+@dataclass(frozen=True)
+class Unaugmented:
+    """The batch as it is."""
+
+    module: nn.Module
+
+    def prepare(self, batch: SegmentationBatch, generator: torch.Generator) -> SegmentationBatch:
+        return batch
+
+    def after_step(self, step: int) -> None:
+        return
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    results = []
+    for accumulation_steps in (1, 2, 4):
+        loop = LoopSettings(steps=4, batch_size=4, accumulation_steps=accumulation_steps)
+        learner = Learner(Unaugmented(Regression()), loop, OPTIMIZER, torch.device("cpu"))
+        train(learner, Drawn(accumulation_steps), loop, OPTIMIZER, Kept(learner))
+        results.append(weights(learner)["weight"])
+    assert not torch.equal(results[0], Regression().weight)
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
+
+
+def test_the_average_follows_the_weights_and_is_what_is_kept() -> None:
+    loop = settings(steps=3, ema_decay=0.5)
+    learner = learner_for(loop)
+    train(learner, Drawn(), loop, OPTIMIZER, Kept(learner))
+    assert learner.best_module() is not learner.task.module
+    plain = learner_for(settings(steps=3))
+    assert plain.best_module() is plain.task.module
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    loop = settings()
+    learner = learner_for(loop)
+    save_checkpoint(tmp_path, learner, Progress(), JOB, "commit")
+    other = SoloTask(MODEL.model_copy(update={"tower_channels": 64}), "free_masks", LossSettings())
+    other.initialise(torch.Generator().manual_seed(0))
+    with pytest.raises(UsageError, match="another architecture"):
+        load_checkpoint(tmp_path, Learner(WeakView(other), loop, OPTIMIZER, torch.device("cpu")))
