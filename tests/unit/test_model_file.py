@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from freesolo.config import SoloModelSettings
+from freesolo.errors import UsageError
+from freesolo.models.download import sha256_of_file
+from freesolo.models.model_file import load_model, save_model
+from freesolo.models.weights import read_state_dict
+
+STATE = {"conv.weight": torch.arange(12.0).reshape(3, 4), "bn.num_batches_tracked": torch.tensor(7)}
+
+
+@pytest.fixture
+def backbone_file(tmp_path: Path) -> Path:
+    save_model(tmp_path / "model.pt", "backbone", {"backbone": "resnet18"}, STATE, {"dataset": "s3://b/photos"})
+    return tmp_path / "model.pt"
+
+
+def test_what_is_saved_is_loaded(backbone_file: Path) -> None:
+    model = load_model(backbone_file, "backbone", backbone="resnet18")
+    assert (model.kind, model.settings, model.lineage) == (
+        "backbone",
+        {"backbone": "resnet18"},
+        {"dataset": "s3://b/photos"},
+    )
+    assert list(model.state_dict) == list(STATE)
+    assert all(torch.equal(model.state_dict[name], value) for name, value in STATE.items())
+    assert model.state_dict["bn.num_batches_tracked"].dtype == torch.int64
+    assert model.sha256 == sha256_of_file(backbone_file)
+
+
+def test_the_settings_of_a_segmenter_read_back_equal(tmp_path: Path) -> None:
+    settings = SoloModelSettings(backbone="resnet18", num_categories=3)
+    save_model(tmp_path / "m.pt", "segmenter", settings.model_dump(), {}, {})
+    loaded = load_model(tmp_path / "m.pt", "segmenter", backbone="resnet18")
+    assert SoloModelSettings.model_validate_json(json.dumps(loaded.settings)) == settings
+    assert loaded.state_dict == {}
+
+
+def test_equal_models_make_equal_files(tmp_path: Path) -> None:
+    first = save_model(tmp_path / "a.pt", "backbone", {"backbone": "resnet18"}, STATE, {})
+    second = save_model(tmp_path / "b.pt", "backbone", {"backbone": "resnet18"}, STATE, {})
+    assert first == second == sha256_of_file(tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path: Path) -> None:
+    large = torch.zeros(1_000_000)
+    save_model(tmp_path / "m.pt", "backbone", {}, {"w": large[:10]}, {})
+    assert (tmp_path / "m.pt").stat().st_size < 10_000
+
+
+def test_a_file_is_replaced_whole_and_nothing_else_is_left(backbone_file: Path) -> None:
+    save_model(backbone_file, "backbone", {"backbone": "resnet50"}, {}, {})
+    assert load_model(backbone_file).settings == {"backbone": "resnet50"}
+    with pytest.raises(TypeError):
+        save_model(backbone_file, "backbone", {"backbone": Path("x")}, {}, {})
+    assert load_model(backbone_file).settings == {"backbone": "resnet50"}
+    assert [file.name for file in backbone_file.parent.iterdir()] == ["model.pt"]
+
+
+def test_a_reader_of_published_checkpoints_finds_the_tensors(backbone_file: Path) -> None:
+    assert list(read_state_dict(backbone_file)) == list(STATE)
+
+
+def test_the_wrong_kind_and_the_wrong_backbone_are_named(backbone_file: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds a backbone, and a segmenter is needed"):
+        load_model(backbone_file, "segmenter")
+    with pytest.raises(UsageError, match=r"a resnet18 backbone, the configuration says resnet50"):
+        load_model(backbone_file, backbone="resnet50")
+
+
+def test_a_newer_format_is_named(backbone_file: Path) -> None:
+    content = torch.load(backbone_file, weights_only=True)
+    torch.save({**content, "format_version": 2}, backbone_file)
+    with pytest.raises(UsageError, match=r"of format 2, this version of freesolo reads format 1"):
+        load_model(backbone_file)
+
+
+def test_what_is_no_model_file_is_refused(backbone_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such model file"):
+        load_model(tmp_path / "absent.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UsageError, match=r"text\.pt: cannot be read as a model file"):
+        load_model(tmp_path / "text.pt")
+    torch.save({"state_dict": STATE}, tmp_path / "published.pth")
+    with pytest.raises(UsageError, match="not a model file of freesolo"):
+        load_model(tmp_path / "published.pth")
+    torch.save([1], tmp_path / "list.pt")
+    with pytest.raises(UsageError, match="not a model file of freesolo"):
+        load_model(tmp_path / "list.pt")
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(backbone_file.read_bytes()[:-200])
+    with pytest.raises(UsageError, match=r"cut\.pt: cannot be read as a model file"):
+        load_model(cut)
+
+
+class _Touch:
+    """Executed by an unsafe reader."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (Path(self.path),)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
+    torch.save({"format_version": 1, "kind": _Touch(str(tmp_path / "touched"))}, tmp_path / "bad.pt")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_model(tmp_path / "bad.pt")
+    assert not (tmp_path / "touched").exists()
