@@ -206,8 +206,8 @@ def _pair_ends(
     first, second = [], []
     for way, size in _along(step, maps):
         shift = way * dilation
-        first.append(slice(min(max(0, -shift), size), max(0, size - max(0, shift))))
-        second.append(slice(min(max(0, shift), size), max(0, size - max(0, -shift))))
+        first.append(slice(max(0, -shift), max(0, size - max(0, shift))))
+        second.append(slice(max(0, shift), max(0, size - max(0, -shift))))
     everything = slice(None)
     return (everything, first[0], first[1]), (everything, second[0], second[1])
 

@@ -113,7 +113,14 @@ def two_blocks() -> torch.Tensor:
     return features
 
 
-LOOSE = {"min_maskness": 0.1, "max_width": 1.0, "top_border": 0.05, "embedding_channels": 5}
+def specks() -> torch.Tensor:
+    """More queries with masks of one cell, each of maskness 1, than places; and a block among them."""
+    features = torch.randn(96, 8, 8, generator=torch.Generator().manual_seed(6))
+    features[:, 3:7, 2:6] = features[:, 3:4, 2:3] + 0.5 * features[:, 3:7, 2:6]
+    return features
+
+
+LOOSE = {"min_maskness": 0.1, "max_width": 1.0, "top_border": 0.35, "embedding_channels": 5}
 MAPS = {
     "smooth": random_map(7, 9, 11, 0),
     "wide": random_map(5, 4, 13, 1),
@@ -125,6 +132,7 @@ MAPS = {
     "one-cell": torch.randn(6, 1, 1, generator=torch.Generator().manual_seed(5)),
     "one-hot": one_hot(),
     "two-blocks": two_blocks(),
+    "specks": specks(),
 }
 
 
@@ -150,5 +158,5 @@ def test_free_masks_equal_their_twin(name: str, options: dict, size: tuple[int, 
 
 def test_the_twins_are_not_compared_on_nothing():
     settings = FreeMaskSettings(**LOOSE)
-    for name in ("smooth", "wide", "noise", "row", "column", "two-blocks"):
+    for name in ("smooth", "wide", "noise", "row", "column", "two-blocks", "specks"):
         assert len(twin_free_masks(MAPS[name].double().numpy(), (40, 55), settings)) > 0

@@ -166,16 +166,25 @@ def test_nothing_selected_is_zero_with_a_gradient(count: int):
     assert torch.equal(logits.grad, torch.zeros(count, 4, 4))
 
 
-def test_maps_smaller_than_the_dilation_have_no_pairs():
-    loss = pairwise_affinity_loss(torch.randn(1, 1, 1), torch.ones(1, 8, 1, 1), everywhere(1, 1, 1))
-    assert loss.item() == 0.0
-
-
-def test_loss_is_float32_whatever_the_logits_are():
+@pytest.mark.parametrize(("side", "dilation"), [(1, 1), (1, 2), (2, 2), (5, 8)])
+def test_maps_no_larger_than_the_dilation_have_no_pairs(side: int, dilation: int):
     terms = pairwise_affinity_terms(
-        torch.zeros(1, 4, 4, dtype=torch.bfloat16), torch.ones(1, 8, 4, 4), torch.tensor([0]), everywhere(1, 4, 4)
+        torch.randn(2, side, side),
+        torch.ones(1, 8, side, side),
+        torch.tensor([0, 0]),
+        everywhere(2, side, side),
+        dilation=dilation,
     )
+    assert terms.loss_sum.tolist() == [0.0, 0.0]
+    assert terms.pair_count.tolist() == [0.0, 0.0]
+
+
+def test_loss_is_computed_in_float32_whatever_the_logits_are():
+    logits = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    others = (torch.ones(1, 8, 4, 4), torch.tensor([0]), everywhere(1, 4, 4))
+    terms = pairwise_affinity_terms(logits, *others)
     assert terms.loss_sum.dtype == torch.float32
+    assert torch.equal(terms.loss_sum, pairwise_affinity_terms(logits.float(), *others).loss_sum)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,16 @@ def test_maps_that_are_alike_everywhere_give_an_empty_record(features: torch.Ten
     assert found.query_index.dtype == torch.int64
 
 
+def test_similarities_within_rounding_of_each_other_are_alike():
+    # Two directions at an angle t have the cosine 1 - t**2 / 2: 8e-6 from 1 for t = 0.004, 1.8e-5 for t = 0.006.
+    for angle, expected in ((0.004, 0), (0.006, 20)):
+        features = torch.zeros(1, 2, 4, 5)
+        features[:, 0] = 1.0
+        features[:, 1, 2:4] = angle
+        (found,) = free_masks(features, [(4, 5)], OPEN)
+        assert len(found) == expected
+
+
 def test_every_image_has_a_record_in_order():
     empty = torch.full((1, 8, 8, 10), 1.0)
     features = torch.cat((with_object(8, 10, slice(3, 6), slice(2, 7)), empty))

@@ -1,0 +1,65 @@
+"""The shared operations never ask the device for a value: they run on fake tensors, which have shapes and no values.
+
+A `.item()` or a boolean index, which would stall a training step, raises on them.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from freesolo.ops.affinity import colour_similarity, pairwise_affinity_loss, pairwise_affinity_terms
+from freesolo.ops.images import normalize
+from freesolo.ops.masks import (
+    areas,
+    boxes_xywh,
+    boxes_xyxy,
+    centre_of_mass,
+    mask_iou,
+    resize_masks_soft,
+    unpack_masks,
+)
+from freesolo.ops.nms import matrix_nms, point_nms
+
+
+def masks() -> torch.Tensor:
+    return torch.zeros(3, 8, 8, dtype=torch.bool)
+
+
+def indices() -> torch.Tensor:
+    return torch.zeros(3, dtype=torch.int64)
+
+
+OPERATIONS: dict[str, Callable[[], object]] = {
+    "boxes_xyxy": lambda: boxes_xyxy(masks()),
+    "boxes_xywh": lambda: boxes_xywh(masks()),
+    "areas": lambda: areas(masks()),
+    "centre_of_mass": lambda: centre_of_mass(masks()),
+    "mask_iou": lambda: mask_iou(masks(), masks()),
+    "resize_masks_soft": lambda: resize_masks_soft(torch.zeros(3, 8, 8), 5, 6),
+    "unpack_masks": lambda: unpack_masks(torch.zeros(3, 8, dtype=torch.uint8), 8, 8),
+    "matrix_nms gaussian": lambda: matrix_nms(masks(), torch.zeros(3), indices()),
+    "matrix_nms linear": lambda: matrix_nms(masks(), torch.zeros(3), indices(), kernel="linear"),
+    "point_nms": lambda: point_nms(torch.zeros(3, 1, 8, 8)),
+    "colour_similarity": lambda: colour_similarity(torch.zeros(3, 3, 8, 8), masks()),
+    "pairwise_affinity_terms": lambda: pairwise_affinity_terms(
+        torch.zeros(3, 8, 8), torch.zeros(1, 8, 8, 8), indices(), masks()
+    ),
+    "pairwise_affinity_loss": lambda: pairwise_affinity_loss(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8, 8), masks()),
+    "normalize": lambda: normalize(torch.zeros(3, 3, 8, 8, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_never_read_a_value(name: str):
+    with FakeTensorMode():
+        OPERATIONS[name]()
+
+
+def test_reading_a_value_would_be_noticed():
+    with FakeTensorMode():
+        with pytest.raises(DataDependentOutputException):
+            masks().any().item()
+        with pytest.raises(DynamicOutputShapeException):
+            masks()[masks()].sum()
