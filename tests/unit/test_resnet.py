@@ -96,7 +96,7 @@ def test_initialise_is_its_generators():
 
 
 def test_initialise_has_kaimings_deviation():
-    weight = seeded().layer3[1].conv1.weight  # fan out 256 * 9
+    weight = seeded().layer3[0].conv1.weight  # 128 channels in, 256 out: fan out 256 * 9
     assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
 
 
