@@ -167,9 +167,18 @@ def test_every_image_has_a_record_in_order():
     assert len(first) > 0
     assert first.masks.shape[1:] == (16, 20)
     assert second.masks.shape == (0, 33, 44)
-    (alone,) = free_masks(features[:1], [(16, 20)], OPEN)
-    assert torch.equal(alone.masks, first.masks)
     assert free_masks(features[:0], [], OPEN) == []
+
+
+def test_images_of_a_batch_do_not_know_of_each_other():
+    features = torch.randn(3, 16, 6, 7, generator=torch.Generator().manual_seed(0))
+    together = free_masks(features, [(12, 14)] * 3, OPEN)
+    for image, found in enumerate(together):
+        (alone,) = free_masks(features[image : image + 1], [(12, 14)], OPEN)
+        assert len(found) > 3
+        assert torch.equal(found.query_index, alone.query_index)
+        assert torch.equal(found.masks, alone.masks)
+        torch.testing.assert_close(found.embeddings, alone.embeddings)
 
 
 def test_masks_that_vanish_at_the_images_size_are_dropped():
