@@ -9,9 +9,10 @@ from jaxtyping import Bool, Int64
 def outline_path(mask: Bool[np.ndarray, "H W"]) -> str:
     """The mask's border along pixel edges, to be filled by the even-odd rule.
 
-    The border turns only where two by two pixels hold an odd number of the mask's, or two across a diagonal. Walked
-    along a row of pixel corners, each turn at an even place starts a horizontal run that ends at the next one; the
-    same holds down a column. Following runs from turn to turn, now across, now down, gives the closed polygons.
+    The border turns where two by two pixels hold an odd number of the mask's. Walked along a row of pixel corners,
+    every other turn starts a horizontal run that ends at the next one; the same holds down a column. Following runs
+    from turn to turn, now across, now down, gives the closed polygons. Where two pixels touch across a diagonal, two
+    runs cross, which the even-odd rule fills alike.
 
     Args:
         mask: Of any shape; parts and holes as many as there are.
@@ -21,7 +22,6 @@ def outline_path(mask: Bool[np.ndarray, "H W"]) -> str:
     """
     rows, columns = _turns(mask)
     across = _partners(np.arange(len(rows)))
-    # Stable, so that of two turns at one point the first goes left and up, the second right and down.
     down = _partners(np.lexsort((rows, columns)))
     x, y, next_across, next_down = columns.tolist(), rows.tolist(), across.tolist(), down.tolist()
     visited = [False] * len(x)
@@ -44,16 +44,10 @@ def outline_path(mask: Bool[np.ndarray, "H W"]) -> str:
 
 
 def _turns(mask: Bool[np.ndarray, "H W"]) -> tuple[Int64[np.ndarray, " turns"], Int64[np.ndarray, " turns"]]:
-    """Row and column of every pixel corner at which the border turns, row by row; points where it does twice, twice."""
+    """Row and column of every pixel corner at which the border turns, row by row."""
     padded = np.pad(mask, 1)
-    top_left, top_right = padded[:-1, :-1], padded[:-1, 1:]
-    bottom_left, bottom_right = padded[1:, :-1], padded[1:, 1:]
-    odd = top_left ^ top_right ^ bottom_left ^ bottom_right
-    diagonal = (top_left == bottom_right) & (top_right == bottom_left) & (top_left != top_right)
-    times = odd.astype(np.int64) + 2 * diagonal
-    rows, columns = np.nonzero(times)
-    repeats = times[rows, columns]
-    return np.repeat(rows, repeats), np.repeat(columns, repeats)
+    rows, columns = np.nonzero(padded[:-1, :-1] ^ padded[:-1, 1:] ^ padded[1:, :-1] ^ padded[1:, 1:])
+    return rows, columns
 
 
 def _partners(order: Int64[np.ndarray, " turns"]) -> Int64[np.ndarray, " turns"]:

@@ -87,6 +87,8 @@ class GalleryLayer:
     def __post_init__(self) -> None:
         if self.scores is not None and self.scores.shape != self.masks.shape[:1]:
             raise ValueError(f"layer {self.name!r} has {len(self.masks)} masks but {len(self.scores)} scores")
+        if self.scores is not None and not np.isfinite(self.scores).all():
+            raise ValueError(f"layer {self.name!r} has a score that is not finite")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from freesolo.report.gallery_data import LONG_SIDE_MAX, gallery_data
 from freesolo.report.page import render_page
 from freesolo.report.records import Curve, GalleryLayer, GalleryPhoto, MetricRow, Report, StageSummary
 
-HOSTILE = "</script><script>alert('x')</script> & \"quotes\" \u2028 \udcff.jpg"
+HOSTILE = "<!--<script </script x></script><script>alert('x')</script> & \"quotes\" \u2028 \udcff.jpg"
 
 
 class Page(HTMLParser):
@@ -87,7 +87,7 @@ def test_curves_without_points_are_left_out() -> None:
 
 
 def test_a_replayed_step_shows_its_last_value_in_its_place() -> None:
-    curve = Curve("total", (0, 10, 20, 10, 20, 30), (5.0, 4.0, 3.0, 4.5, 3.5, 3.25), "SOLO")
+    curve = Curve("total", (0, 20, 10, 20, 30), (5.0, 3.0, 4.5, 3.5, 3.25), "SOLO")
     line = chart_data((curve,))[0]["charts"][0]["lines"][0]
     assert line["steps"] == [0, 10, 20, 30]
     assert line["values"] == [5.0, 4.5, 3.5, 3.25]
@@ -103,6 +103,7 @@ def test_what_is_not_finite_becomes_a_gap_and_is_counted() -> None:
 def test_a_long_curve_is_thinned_but_keeps_its_ends_and_its_spike() -> None:
     values = np.zeros(30_000)
     values[[0, 17_771, -1]] = 1.0, 99.0, 2.0
+    values[17_770] = math.nan
     line = chart_data((Curve("total", tuple(range(30_000)), tuple(values.tolist()), "SOLO"),))[0]["charts"][0]["lines"][
         0
     ]
@@ -176,6 +177,8 @@ def test_an_empty_gallery_is_empty() -> None:
 def test_a_photos_parts_must_agree() -> None:
     with pytest.raises(ValueError, match="1 masks but 2 scores"):
         layer("Free Mask", 3, scores=(0.1, 0.2))
+    with pytest.raises(ValueError, match="score that is not finite"):
+        layer("Free Mask", 3, scores=(math.nan,))
     with pytest.raises(ValueError, match=r"'a.jpg' is \(5, 8\) .* 'Free Mask' are \(6, 8\)"):
         photo(layer("Free Mask", 3), height=5)
     with pytest.raises(ValueError, match="two layers of one name"):
@@ -282,7 +285,7 @@ def hostile_report() -> Report:
         name,
         stages=(StageSummary(name, 1.0, {name: name}),),
         curves=(Curve(name, (0, 1), (1.0, 2.0), name, name),),
-        metric_rows=(MetricRow(name, {f"{name}/{name}": 0.5}),),
+        metric_rows=(MetricRow(name, {f"{name}/AP": 0.5, name.replace("/", ""): 0.5}),),
         gallery=(photo(GalleryLayer(name, np.ones((1, 6, 8), dtype=bool)), name=HOSTILE),),
         notes=(name,),
         provenance={name: name},
@@ -294,6 +297,7 @@ def test_names_that_look_like_markup_stay_names() -> None:
     page = Page(html)
     assert page.count("script") == 2  # the data and ours
     assert "alert" not in {value for _, attributes in page.elements for value in attributes}
+    assert "<" not in page.data  # nothing that a browser could take for an end or a comment
     data = json.loads(page.data)
     assert data["gallery"]["photos"][0]["name"] == HOSTILE
     assert data["curves"][0]["charts"][0]["lines"][0]["name"] == HOSTILE.replace("\udcff", "")

@@ -157,6 +157,8 @@ def test_a_contact_sheet_places_pictures_in_rows() -> None:
     assert sheet.shape == (2 * 44 + 4, 2 * 44 + 4, 3)
     assert sheet[24, 24].tolist() == [255, 0, 0]  # the middle of the first cell
     assert sheet[24, 68].tolist() == [0, 0, 255]
+    blue_columns = np.flatnonzero((sheet[24] == [0, 0, 255]).all(axis=1))
+    assert (blue_columns.min(), blue_columns.max()) == (58, 77)  # 20 wide in the middle of 48 to 87
     assert sheet[68, 24].tolist() == [255, 0, 0]
     assert sheet[68, 68].tolist() == sheet[0, 0].tolist()  # nothing in the fourth
     assert sheet[6, 24].tolist() == sheet[0, 0].tolist()  # a wide picture is half as high as its cell: rows 14 to 33
@@ -187,7 +189,8 @@ def test_captions_must_be_as_many_as_pictures() -> None:
 
 def test_a_large_photo_is_shrunk_and_a_small_one_kept() -> None:
     assert shrink(gray_photo(100, 200), 50).shape == (25, 50, 3)
-    assert shrink(gray_photo(100, 1), 50).shape == (50, 1, 3)
+    assert shrink(gray_photo(200, 1), 50).shape == (50, 1, 3)
+    assert shrink(gray_photo(1, 200), 50).shape == (1, 50, 3)
     assert np.array_equal(shrink(gray_photo(), 50), gray_photo())
 
 
