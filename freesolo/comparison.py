@@ -100,3 +100,14 @@ def _layer(name: str, labels: ImageLabels, *, scored: bool = True) -> GalleryLay
     masks = decode_rle([instance.rle for instance in labels.instances], labels.height, labels.width).numpy()
     scores = np.array([instance.score for instance in labels.instances], np.float64)
     return GalleryLayer(name, masks, scores if scored else None)
+
+
+def as_table(rows: Mapping[str, Metrics]) -> str:
+    """The comparison as a Markdown table, in percent; a dash where nothing could be measured."""
+    columns = {"mask AP50": "segm/AP50", "mask AP": "segm/AP", "mask AR100": "segm/AR100", "box AP50": "bbox/AP50"}
+    lines = ["| label set | " + " | ".join([*columns, "CorLoc"]) + " |", "|---" * (len(columns) + 2) + "|"]
+    for name, row in rows.items():
+        values = row.as_dict()
+        shown = [values[key] for key in [*columns.values(), "corloc"]]
+        lines.append(f"| {name} | " + " | ".join("-" if v is None else f"{100 * v:.1f}" for v in shown) + " |")
+    return "\n".join(lines) + "\n"

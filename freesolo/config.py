@@ -327,6 +327,7 @@ class PredictJob(Job):
     dataset: str
     labels: str  # the label set to write
     weights: str  # of the segmenter: path, URL or models:/name@alias
+    kind: Literal["pseudo-labels", "predictions"] = "pseudo-labels"
     predict: PredictSettings = PredictSettings()
 
 
@@ -348,8 +349,10 @@ class PipelineJob(Job):
     pretrain: PretrainSettings
     extract: ExtractSettings = ExtractSettings()
     train: TrainSettings
-    predict: PredictSettings = PredictSettings()
+    predict: PredictSettings = PredictSettings()  # of pseudo-labels
+    held_out: PredictSettings = PredictSettings(inference=InferenceSettings(), max_width=1.0)  # of what is evaluated
     gallery_images: NonNegative = 24
+    notes: tuple[str, ...] = ()  # on the report page: what such a run can and cannot show
 
     @model_validator(mode="after")
     def _batches_divide(self) -> PipelineJob:

@@ -1,4 +1,6 @@
-"""Streams of training batches: Ray Data reads, decodes and augments on the cluster's CPUs, one stream per train worker.
+"""Photos onto a Ray cluster: packed into shards by its tasks, and streamed from them as training batches.
+
+Streams: Ray Data reads, decodes and augments on the cluster's CPUs, one stream per train worker.
 
     shards ──(read: whole windows, permuted)──▶ samples ──(view: decode, crop; a task a block)──▶ rows ──▶ batches
 
@@ -16,6 +18,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
@@ -23,9 +26,12 @@ from ray.exceptions import RayTaskError
 
 from freesolo.data.labels import ImageLabels, read_label_file
 from freesolo.data.order import Order, Piece, StreamState, worker_pieces
+from freesolo.data.pack import PackedShard, check_skipped, finish_data_set, pack_shard, plan_shards
 from freesolo.data.shards import DatasetManifest, Sample, ShardError, read_shard
+from freesolo.data.sources import find_photos
 from freesolo.data.views import Row, View
-from freesolo.errors import JobError
+from freesolo.errors import JobError, UsageError
+from freesolo.progress import progress
 
 # What one decode task gets. Much smaller than Ray's default of 128 MiB, so that the samples of one shard are decoded in
 # parallel and little waits in the object store.
@@ -114,9 +120,7 @@ class TrainingStream(Generic[Batch]):
                 ):
                     yield from table.to_pylist()
             except RayTaskError as error:
-                if isinstance(error.cause, JobError):
-                    raise error.cause from None
-                raise
+                raise _cause(error) from None
 
     def _collate(self, rows: list[Row]) -> StreamBatch[Batch]:
         bad = tuple(BadSample(row["key"], row["error"]) for row in rows if row["error"])
@@ -143,11 +147,43 @@ def configure_ray_data(*, cpus: float | None = None) -> None:
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(cpu=cpus)
 
 
+def pack_on_cluster(
+    photos: str,
+    dataset_url: str,
+    *,
+    images: str | None = None,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    max_bad_samples: float = 0.001,
+) -> DatasetManifest:
+    """Pack photos into a data set, a Ray task a shard; arguments, result and errors are those of `pack.pack`."""
+    collection = find_photos(photos, images=images)
+    tasks = plan_shards(collection, dataset_url, samples_per_shard=samples_per_shard, seed=seed)
+    pack_remotely = ray.remote(pack_shard)
+    waiting = [pack_remotely.remote(task) for task in tasks]
+    packed: list[PackedShard] = []
+    with progress("pack", total=len(collection.photos), unit="photos") as advance:
+        while waiting:
+            (done, *_), waiting = ray.wait(waiting)
+            try:
+                packed.append(ray.get(done))
+            except RayTaskError as error:
+                raise _cause(error) from None
+            check_skipped(collection, packed, max_bad_samples=max_bad_samples)
+            advance(packed[-1].photos)
+    return finish_data_set(collection, dataset_url, packed, max_bad_samples=max_bad_samples)
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    """What was raised in a task: an error made for people as it is, any other in Ray's wrapping, with its traceback."""
+    return error.cause if isinstance(error.cause, UsageError | JobError) else error
+
+
 class _PieceSource(Datasource):
     """One read task a piece."""
 
     def __init__(self, readers: list[partial[Iterator[pa.Table]]], rows: list[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._readers = readers
         self._row_counts = rows
 

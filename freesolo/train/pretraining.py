@@ -62,7 +62,7 @@ def _build(
     model = DenseCL(settings.model)
     model.initialise(torch.Generator().manual_seed(settings.loop.seed))
     if weights is not None:
-        load_backbone(model.query_encoder.backbone, weights.state_dict(), source=weights.reference)
+        load_backbone(model.backbone, weights.state_dict(), source=weights.reference)
         model.copy_query_to_key()
     stream = TrainingStream(
         dataset_url=job.dataset,
@@ -94,6 +94,6 @@ def _save_backbone(job: PretrainJob, manifest: DatasetManifest, learner: Learner
         path,
         "backbone",
         settings={"backbone": job.pretrain.model.backbone},
-        state_dict=backbone_state_dict(module.query_encoder.backbone),
+        state_dict=backbone_state_dict(module.backbone),
         lineage={"dataset": job.dataset, "dataset_digest": manifest.digest, "method": "DenseCL"},
     )

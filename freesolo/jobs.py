@@ -1,0 +1,203 @@
+"""What each job does: a stage of a run, tracked, its model registered."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from freesolo.comparison import Comparison, as_table, compare
+from freesolo.config import EvaluateJob, ExtractJob, Job, PackJob, PredictJob, PretrainJob, TrainJob
+from freesolo.data.files import read_bytes
+from freesolo.data.ingest import pack_on_cluster
+from freesolo.data.shards import read_dataset_manifest
+from freesolo.inference.extract import extract_free_masks
+from freesolo.inference.pipeline import LabellingResult
+from freesolo.inference.predict import predict_labels
+from freesolo.journal import Journal
+from freesolo.registry import register_backbone, register_segmenter
+from freesolo.run_report import write_report
+from freesolo.stages import StageFolder, StageResult, run_stage
+from freesolo.tracking import read_record, resolve_server
+from freesolo.train.cluster import connect
+from freesolo.train.pretraining import pretrain
+from freesolo.train.segmentation import train_segmenter
+from freesolo.witness import TrackedRun, Witness
+
+_LOG = logging.getLogger(__name__)
+
+
+def pretrain_stage(job: PretrainJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
+    """Pre-train a backbone with DenseCL, and register it."""
+
+    def work() -> StageResult:
+        connect(job.resources)
+        result = pretrain(job, folder, _tracked_run(job, folder, parent_url))
+        return _with_registration(result, job, folder)
+
+    return run_stage(folder, job.model_dump(mode="json"), work)
+
+
+def extract_stage(job: ExtractJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
+    """Find coarse object masks in every photo of a data set."""
+
+    def work() -> StageResult:
+        connect(job.resources)
+        with witnessed(job, folder, parent_url) as (witness, journal):
+            tell_dataset(witness, job.dataset)
+            return _labelled(folder, job.labels, extract_free_masks(job, storage=folder.storage), journal)
+
+    return run_stage(folder, job.model_dump(mode="json"), work)
+
+
+def train_stage(job: TrainJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
+    """Train SOLO on a label set or on a data set's own annotations, and register it."""
+
+    def work() -> StageResult:
+        connect(job.resources)
+        result = train_segmenter(job, folder, _tracked_run(job, folder, parent_url))
+        return _with_registration(result, job, folder)
+
+    return run_stage(folder, job.model_dump(mode="json"), work)
+
+
+def predict_stage(job: PredictJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
+    """Segment every photo of a data set: pseudo-labels for a next round, or predictions for their own sake."""
+
+    def work() -> StageResult:
+        connect(job.resources)
+        with witnessed(job, folder, parent_url) as (witness, journal):
+            tell_dataset(witness, job.dataset)
+            result = predict_labels(job, storage=folder.storage, kind=job.kind)
+            return _labelled(folder, job.labels, result, journal)
+
+    return run_stage(folder, job.model_dump(mode="json"), work)
+
+
+def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
+    """Evaluate label sets against a data set's annotations, and write the page that shows them."""
+
+    def work() -> StageResult:
+        started = time.monotonic()
+        with witnessed(job, folder, parent_url) as (witness, journal):
+            tell_dataset(witness, job.dataset, context="evaluation")
+            comparison = compare(job.dataset, job.labels, gallery_images=job.gallery_images)
+            url = write_report(
+                folder,
+                title=folder.run_name,
+                summary=f"{len(job.labels)} label sets of {job.dataset}, compared with its annotations.",
+                stages=(),
+                trained=(),
+                rows=comparison.rows,
+                gallery=comparison.gallery,
+                notes=(),
+                settings=job,
+                provenance={"Evaluation data set": comparison.dataset_digest},
+            )
+            metrics = show_comparison(comparison, witness, journal)
+            return StageResult(folder.stage, time.monotonic() - started, {"report": url}, metrics=metrics)
+
+    return run_stage(folder, job.model_dump(mode="json"), work)
+
+
+def pack_stage(job: PackJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
+    """Pack photos into the shards that all jobs stream."""
+
+    def work() -> StageResult:
+        started = time.monotonic()
+        connect(job.resources)
+        manifest = pack_on_cluster(
+            job.photos,
+            job.dataset,
+            images=job.images,
+            samples_per_shard=job.samples_per_shard,
+            seed=job.seed,
+            max_bad_samples=job.max_bad_samples,
+        )
+        return StageResult(
+            stage=folder.stage,
+            seconds=time.monotonic() - started,
+            outputs={"dataset": job.dataset},
+            counts={"images": manifest.samples, "shards": len(manifest.shards), "skipped": len(manifest.skipped)},
+        )
+
+    return run_stage(folder, job.model_dump(mode="json"), work)
+
+
+@contextmanager
+def witnessed(job: Job, folder: StageFolder, parent_url: str | None) -> Iterator[tuple[Witness, Journal]]:
+    """Tell MLflow of work that this process does, from entry to exit; how it ended too.
+
+    Args:
+        job: The resolved configuration.
+        folder: Of the stage.
+        parent_url: Folder of the run that it is a stage of.
+    """
+    journal = Journal(folder.url, resume_step=None)
+    witness = Witness(_tracked_run(job, folder, parent_url), journal)
+    witness.settings(job)
+    status: Literal["FINISHED", "FAILED"] = "FAILED"
+    try:
+        yield witness, journal
+        status = "FINISHED"
+    finally:
+        journal.flush()
+        delivery = witness.close(status)
+        journal.close()
+        if delivery.reason is not None:
+            _LOG.warning("MLflow: %s", delivery)
+
+
+def tell_dataset(witness: Witness, url: str, *, context: str = "training") -> None:
+    """Tell MLflow which data set a run uses."""
+    witness.dataset(url, read_dataset_manifest(url).digest, url, context=context)
+
+
+def show_comparison(comparison: Comparison, witness: Witness, journal: Journal) -> dict[str, float | None]:
+    """Keep an evaluation as metrics of its run: `<label set>/<metric>` each.
+
+    Returns:
+        The metrics; None where nothing could be measured.
+    """
+    metrics = {
+        f"{name}/{metric}".replace(" ", "_"): value
+        for name, row in comparison.rows.items()
+        for metric, value in row.as_dict().items()
+    }
+    journal.append(0, {name: value for name, value in metrics.items() if value is not None})
+    witness.text("metrics.md", as_table(comparison.rows))
+    return metrics
+
+
+def _tracked_run(job: Job, folder: StageFolder, parent_url: str | None) -> TrackedRun:
+    server = resolve_server(job.tracking, folder.storage)
+    name = folder.stage if parent_url is not None else folder.run_name
+    return TrackedRun(folder.url, name, job.tracking.experiment, server, parent_url)
+
+
+def _labelled(folder: StageFolder, labels: str, result: LabellingResult, journal: Journal) -> StageResult:
+    counts = {"images": result.images, "instances": result.instances, "unreadable": result.unreadable}
+    rate = {"images_per_second": result.images / result.seconds} if result.labelled_shards else {}
+    journal.append(0, {**counts, **rate})
+    return StageResult(folder.stage, result.seconds, {"labels": labels}, counts, dict(rate))
+
+
+def _with_registration(result: StageResult, job: PretrainJob | TrainJob, folder: StageFolder) -> StageResult:
+    """Register the stage's model, where the settings name one; its version joins the outputs."""
+    name, server = job.tracking.registered_model, resolve_server(job.tracking, folder.storage)
+    if name is None or server is None:
+        return result
+    record = read_record(folder.url)
+    register = register_backbone if isinstance(job, PretrainJob) else register_segmenter
+    with tempfile.TemporaryDirectory() as local:
+        path = Path(local) / "model.pt"
+        path.write_bytes(read_bytes(result.outputs["model"]))
+        version = register(
+            path, name, server, experiment=job.tracking.experiment, run_id=record.run_id if record else None
+        )
+    return replace(result, outputs={**result.outputs, "registered": version.reference})
