@@ -38,9 +38,10 @@ from freesolo.config import Settings, dump_config
 from freesolo.courier import Courier, Delivery
 from freesolo.errors import JobError, UsageError
 from freesolo.journal import Journal
+from freesolo.mlflow_run import MlflowRun
 from freesolo.provenance import git_commit, package_version
 from freesolo.spool import Bulk, Spool
-from freesolo.tracking import RECORD_NAME, MlflowRun, RunRecord, TrackingServer, explain, read_record, write_record
+from freesolo.tracking import RECORD_NAME, RunRecord, TrackingServer, explain, read_record, write_record
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 

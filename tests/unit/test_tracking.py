@@ -22,14 +22,7 @@ from PIL import Image
 from freesolo.config import LoopSettings, PretrainJob, PretrainSettings, TrackingSettings, load_config
 from freesolo.errors import JobError, UsageError
 from freesolo.journal import Journal
-from freesolo.tracking import (
-    RECORD_NAME,
-    TrackingServer,
-    explain,
-    read_record,
-    request_limits,
-    resolve_server,
-)
+from freesolo.tracking import RECORD_NAME, TrackingServer, explain, read_record, request_limits, resolve_server
 from freesolo.witness import TrackedRun, Witness, deliver_later
 
 pytestmark = [
