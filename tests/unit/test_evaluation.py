@@ -132,11 +132,12 @@ def test_at_most_a_hundred_predictions_an_image_count():
 
 def test_corloc_is_the_share_of_images_with_a_localised_object():
     metrics = evaluate_class_agnostic(
-        truth({1: [FIRST, SECOND], 2: [FIRST], 3: [FIRST], 4: []}),
+        truth({1: [FIRST, SECOND], 2: [FIRST], 3: [FIRST], 4: [], 5: []}),
         [
             predicted(1, (ELSEWHERE, 0.9), ((50, 50, 5, 10), 0.1)),  # half of the second object: exactly 0.5
             predicted(2, ((0, 0, 4, 10), 0.9)),  # 0.4
             predicted(4, (FIRST, 0.9)),  # nothing to find
+            predicted(5),
         ],
     )
     assert metrics.corloc == pytest.approx(1 / 3)

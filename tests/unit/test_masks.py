@@ -68,8 +68,8 @@ def test_centre_of_mass_is_in_pixel_edges_y_then_x():
     torch.testing.assert_close(centre_of_mass(masks), expected)
 
 
-def test_centre_of_mass_is_exact_on_large_masks():
-    # Positions of 2003 x 1999 pixels sum to some 4e9, where a running sum in float32 has lost its last digits.
+def test_centre_of_mass_of_a_large_mask():
+    # Positions of 2003 x 1999 pixels sum to some 4e9, beyond int32 and beyond float32's whole numbers.
     masks = torch.ones(1, 2003, 1999, dtype=torch.bool)
     assert centre_of_mass(masks).tolist() == [[1001.5, 999.5]]
 
