@@ -11,6 +11,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
@@ -32,6 +33,10 @@ _STORE_ERRORS = (OSError, BotoCoreError, ClientError)
 _READ_BLOCK = 8 * 2**20
 
 
+class UnreadableFileError(UsageError):
+    """One file that is missing, forbidden or a folder, while its store answers well enough."""
+
+
 @runtime_checkable
 class ReadStream(Protocol):
     """What `open_stream` gives: of a file object, only what every store's has."""
@@ -42,7 +47,7 @@ class ReadStream(Protocol):
 
 def join(url: str, *parts: str) -> str:
     """`url` with path parts appended, whatever slashes they begin or end with."""
-    base = url if url.endswith("://") else url.rstrip("/") + "/"
+    base = url if not url or url.endswith("://") else url.rstrip("/") + "/"
     return base + "/".join(part.strip("/") for part in parts)
 
 
@@ -87,7 +92,8 @@ def read_bytes(url: str) -> bytes:
     """The whole file at `url`.
 
     Raises:
-        UsageError: No such file or bucket, no credentials, no permission, unknown protocol.
+        UnreadableFileError: No such file or bucket, no permission, or a folder.
+        UsageError: No credentials, unknown protocol.
         JobError: The store cannot be reached or failed.
     """
     store, path = _resolve(url)
@@ -168,8 +174,11 @@ def list_files(url: str) -> list[str]:
     return sorted(name.removeprefix(root) for name in found if name.startswith(root))
 
 
-def glob_files(pattern: str) -> list[str]:
-    """The URLs of the files that match a glob (`*`, `?`, `[...]`, `**`), sorted.
+def glob_files(pattern: str) -> tuple[str, list[str]]:
+    """The files that match a glob (`*`, `?`, `[...]`, `**`).
+
+    Returns:
+        The URL of the deepest folder that the pattern names without a wildcard, and the matches relative to it, sorted.
 
     Raises:
         UsageError, JobError: As `read_bytes`.
@@ -177,10 +186,17 @@ def glob_files(pattern: str) -> list[str]:
     store, path = _resolve(pattern)
     with _explained(pattern):
         found = store.glob(path, detail=True)
-    names = [name for name, details in found.items() if details["type"] == "file"]
-    if isinstance(store, LocalFileSystem):
-        return sorted(names)
-    return sorted(str(store.unstrip_protocol(name)) for name in names)
+    fixed = list(takewhile(lambda part: not has_wildcard(part), path.split("/")))
+    depth = len("/".join([*fixed, ""]))
+    names = sorted(name[depth:] for name, details in found.items() if details["type"] == "file")
+    scheme, separator, rest = pattern.rpartition("://")
+    base = "/".join(takewhile(lambda part: not has_wildcard(part), rest.split("/")))
+    return f"{scheme}{separator}{base or ('/' if rest.startswith('/') else '')}", names
+
+
+def has_wildcard(text: str) -> bool:
+    """Whether a glob would read `text` as a pattern."""
+    return any(character in text for character in "*?[")
 
 
 def _resolve(url: str) -> tuple[Any, str]:
@@ -207,11 +223,13 @@ def _explanation(url: str, error: BaseException) -> UsageError | JobError:
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return UsageError(f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, FileNotFoundError):
-        return UsageError(f"{url}: no such file or bucket; check the URL")
+        return UnreadableFileError(f"{url}: no such file or bucket; check the URL")
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
-        return UsageError(f"{url}: {_one_line(error)}; a folder where a file should be, or the reverse")
+        return UnreadableFileError(f"{url}: {_one_line(error)}; a folder where a file should be, or the reverse")
     if isinstance(error, PermissionError):
-        return UsageError(f"{url}: access denied ({_one_line(error)}); check the credentials and the permissions")
+        return UnreadableFileError(
+            f"{url}: access denied ({_one_line(error)}); check the credentials and the permissions"
+        )
     if isinstance(error, (HTTPClientError, BotoConnectionError, ConnectionError, TimeoutError)):
         return JobError(
             f"{url}: the store cannot be reached ({_one_line(error)}); check AWS_ENDPOINT_URL and the network"

@@ -65,12 +65,26 @@ def test_listings_are_relative_sorted_and_recursive(root: str) -> None:
     assert files.list_files(files.join(root, "nothing")) == []
 
 
-def test_globs_give_urls_that_can_be_read(root: str) -> None:
+def test_globs_give_names_below_the_fixed_part(root: str) -> None:
     for name in ("b/2.jpg", "b/1.jpg", "b/no.txt", "c/3.jpg"):
         files.write_atomic(files.join(root, name), name.encode())
-    found = files.glob_files(files.join(root, "**/*.jpg"))
-    assert [files.read_bytes(url) for url in found] == [b"b/1.jpg", b"b/2.jpg", b"c/3.jpg"]
-    assert files.glob_files(files.join(root, "*.png")) == []
+    for pattern, expected_base, expected in (
+        ("**/*.jpg", root, ["b/1.jpg", "b/2.jpg", "c/3.jpg"]),
+        ("b/?.jpg", files.join(root, "b"), ["1.jpg", "2.jpg"]),
+        ("*/3.jpg", root, ["c/3.jpg"]),
+        ("*.png", root, []),
+    ):
+        base, names = files.glob_files(files.join(root, pattern))
+        assert (base, names) == (expected_base, expected)
+        assert all(files.exists(files.join(base, name)) for name in names)
+
+
+def test_a_relative_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files.write_atomic("photos/1.jpg", b"1")
+    assert files.glob_files("photos/*.jpg") == ("photos", ["1.jpg"])
+    assert files.glob_files("*/1.jpg") == ("", ["photos/1.jpg"])
+    assert files.read_bytes(files.join("", "photos/1.jpg")) == b"1"
 
 
 def test_a_writer_that_fails_leaves_what_was_there(root: str) -> None:
@@ -113,6 +127,7 @@ def test_other_processes_writes_are_seen_at_once(root: str) -> None:
         ("s3://bucket", ("x",), "s3://bucket/x"),
         ("memory://", ("x",), "memory://x"),
         ("/", ("x",), "/x"),
+        ("", ("x",), "x"),
     ],
 )
 def test_join(url: str, parts: tuple[str, ...], joined: str) -> None:
