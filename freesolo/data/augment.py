@@ -229,7 +229,7 @@ def _random_rectangles(
     fits = (height > 0) & (width > 0) & (height < image_height) & (width < image_width)
     top = (down * (image_height - height + 1)).floor()
     left = (right * (image_width - width + 1)).floor()
-    edges = torch.stack([left, top, left + width, top + height], dim=2) * fits[..., None]
+    edges: Tensor = torch.stack([left, top, left + width, top + height], dim=2) * fits[..., None]
     first = fits.int().argmax(dim=1)
     return edges.gather(1, first[:, None, None].expand(-1, 1, 4))[:, 0]
 
@@ -247,6 +247,6 @@ def _chosen(batch: int, probability: float, host: torch.Generator, device: torch
     return rows.to(device, non_blocking=True)
 
 
-def _uniform(shape: int | tuple[int, ...], low: float, high: float, host: torch.Generator) -> Float[Tensor, "..."]:
+def _uniform(shape: int | tuple[int, ...], low: float, high: float, host: torch.Generator) -> Float[Tensor, "*shape"]:
     uniform: Tensor = torch.rand(shape, generator=host)
     return low + (high - low) * uniform
