@@ -1,0 +1,268 @@
+"""Shards through readers, decoders and a pool of actors that hold the model: all of inference that Ray runs.
+
+    shards ──(read: a task a shard)──▶ encoded batches ──(decode: a task a batch)──▶ pixels ──(actors)──▶ entries
+
+A row of the stream is a whole batch, pickled, and a block of its own. Few shards are read at a time, and queues are
+first in, first out: so shards finish one after another, who collects them holds the records of few, and a kill costs
+little.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.exceptions import RayTaskError
+from torch import Tensor
+
+from freesolo.config import ResourceSettings
+from freesolo.data.shards import ShardInfo
+from freesolo.errors import JobError, UsageError
+from freesolo.inference.batches import BatchPlan, DecodedBatch, EncodedBatch, Entry, decode_batch, read_batches
+from freesolo.inference.labellers import Labeller, MakeLabeller
+from freesolo.inference.resources import check_cluster
+from freesolo.types import ImageBatch
+
+# A reader waits for storage most of its time; together with one decoder it fits the one CPU that must be left.
+READ_CPUS = 0.1
+DECODE_CPUS = 0.9
+
+LabelledBatch = tuple[str, tuple[Entry, ...]]
+"""A shard's name and some of its entries: labelled, or with the reason why they could not be."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPool:
+    """Actors that hold a model.
+
+    Attributes:
+        make_labeller: Makes the model in an actor. Picklable.
+        weights: The model's, on the CPU.
+        resources: How many actors, of what size.
+    """
+
+    make_labeller: MakeLabeller
+    weights: Mapping[str, Tensor]
+    resources: ResourceSettings
+
+
+def label_batches(
+    pool: ModelPool, dataset_url: str, shards: Sequence[ShardInfo], batches: BatchPlan
+) -> Generator[LabelledBatch, None, None]:
+    """Label every sample of some shards, each once, on the cluster that this process is connected to.
+
+    Args:
+        pool: The model.
+        dataset_url: Where the shards are.
+        shards: None of them empty.
+        batches: How photos are resized and grouped.
+
+    Yields:
+        Batches as they are done, in no order. Closing the generator stops the work.
+
+    Raises:
+        UsageError: The pool does not fit the cluster.
+        ShardError: A shard was altered.
+        JobError: The store fails, or a GPU cannot be used.
+    """
+    if not shards:
+        return
+    readers = reader_count(pool.resources.workers, check_cluster(pool.resources))
+    weights = ray.put(dict(pool.weights))  # once on each node, however many actors there are
+    with DataContext.current(_context(pool.resources)):  # a data set keeps the context that it was made in
+        dataset = _stream(pool, weights, dataset_url, shards, batches, readers)
+    try:
+        with _quiet_loggers(), closing(_rows(dataset)) as rows:
+            yield from rows
+    except RayTaskError as error:
+        if isinstance(error.cause, (JobError, UsageError)):
+            raise error.cause from None
+        raise
+
+
+def reader_count(workers: int, spare_cpus: float) -> int:
+    """Shards to read at a time: enough to feed the pool, and so few that a decoder always finds a CPU beside them.
+
+    Args:
+        workers: Actors of the pool.
+        spare_cpus: CPUs that the actors leave, at least 1.
+    """
+    affordable = math.floor((spare_cpus - DECODE_CPUS) / READ_CPUS + 1e-6)
+    return max(1, min(1 + workers // 2, affordable))
+
+
+def _stream(
+    pool: ModelPool,
+    weights: ray.ObjectRef[dict[str, Tensor]],
+    dataset_url: str,
+    shards: Sequence[ShardInfo],
+    batches: BatchPlan,
+    readers: int,
+) -> Dataset:
+    resources = pool.resources
+    read = ray.data.read_datasource(
+        _ShardSource(dataset_url, shards, batches),
+        num_cpus=READ_CPUS,
+        concurrency=readers,
+        override_num_blocks=len(shards),
+    )
+    decoded = read.map_batches(
+        partial(_decode_block, batches),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=DECODE_CPUS,
+        # A network on a CPU is slower than a decoder; one on a GPU may need all the decoders that there can be.
+        compute=TaskPoolStrategy(None if resources.gpus_per_worker else resources.workers),
+    )
+    labelled: Dataset = decoded.map_batches(
+        _LabellingActor,
+        fn_constructor_args=(pool.make_labeller, weights, resources),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker,
+        compute=ActorPoolStrategy(size=resources.workers),
+    )
+    return labelled
+
+
+def _rows(dataset: Dataset) -> Generator[LabelledBatch, None, None]:
+    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    try:
+        for block in blocks:
+            yield from _payloads(block)
+    finally:
+        blocks.close()  # type: ignore[attr-defined]  # a generator; closed, it stops the execution
+
+
+def _context(resources: ResourceSettings) -> DataContext:
+    """Settings of this stream; those of the process's other streams stay as they are."""
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = 1  # bytes: a row, which is a batch, is a block of its own
+    context.target_min_block_size = 1
+    context.execution_options.preserve_order = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1  # torch is large
+    context.max_consecutive_actor_init_deaths = resources.max_failures
+    return context
+
+
+@contextmanager
+def _quiet_loggers() -> Iterator[None]:
+    """Leave the terminal to our own progress: Ray Data's warnings still come, but not that its bars are off."""
+    quiet = {"progress": logging.ERROR, "execution": logging.WARNING}
+    levels = {logging.getLogger(f"ray.data._internal.{name}"): level for name, level in quiet.items()}
+    before = {logger: logger.level for logger in levels}
+    try:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        yield
+    finally:
+        for logger, level in before.items():
+            logger.setLevel(level)
+
+
+class _ShardSource(Datasource):
+    """One read task a shard."""
+
+    def __init__(self, dataset_url: str, shards: Sequence[ShardInfo], batches: BatchPlan) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dataset_url = dataset_url
+        self._shards = shards
+        self._batches = batches
+
+    def get_name(self) -> str:
+        return "Shards"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [
+            ReadTask(partial(_read_blocks, self._dataset_url, shard, self._batches), metadata) for shard in self._shards
+        ]
+
+
+def _read_blocks(dataset_url: str, shard: ShardInfo, batches: BatchPlan) -> Iterator[pa.Table]:
+    """The encoded batches of a shard, each a block; runs in a Ray task."""
+    for batch in read_batches(dataset_url, shard, batches):
+        yield _block([batch])
+
+
+def _decode_block(batches: BatchPlan, block: pa.Table) -> pa.Table:
+    """Decode the batches of a block; runs in a Ray task."""
+    encoded: list[EncodedBatch] = _payloads(block)
+    return _block([decode_batch(batch, batches) for batch in encoded])
+
+
+class _LabellingActor:
+    """Holds the model; one process of the pool."""
+
+    def __init__(
+        self,
+        make_labeller: MakeLabeller,
+        weights: ray.ObjectRef[dict[str, Tensor]],
+        resources: ResourceSettings,
+    ) -> None:
+        # The number of threads decides how sums are split, and so the last bits of results: it is fixed by the job,
+        # not by the machine.
+        torch.set_num_threads(resources.cpus_per_worker)
+        torch.backends.cudnn.deterministic = True
+        tensors: dict[str, Tensor] = ray.get(weights)
+        self._label = make_labeller(tensors, _device(resources))
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Label the batches of a block."""
+        decoded: list[DecodedBatch] = _payloads(block)
+        return _block([(batch.shard, _labelled(batch, self._label)) for batch in decoded])
+
+
+def _device(resources: ResourceSettings) -> torch.device:
+    if not resources.gpus_per_worker:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise JobError(
+            f"resources.gpus_per_worker={resources.gpus_per_worker:g}: Ray gave this worker a GPU that torch "
+            f"{torch.__version__} cannot use; check the driver and that torch is a CUDA build"
+        )
+    return torch.device("cuda")
+
+
+def _labelled(batch: DecodedBatch, label: Labeller) -> tuple[Entry, ...]:
+    """The entries of a batch with their instances."""
+    if not batch.readable:
+        return batch.unreadable
+    images = ImageBatch(
+        pixels=torch.from_numpy(batch.pixels).permute(0, 3, 1, 2),
+        sizes=torch.from_numpy(batch.sizes),
+        image_ids=tuple(entry.labels.image_id for entry in batch.readable),
+    )
+    instances = label(images, [(entry.labels.height, entry.labels.width) for entry in batch.readable])
+    labelled = [
+        replace(entry, labels=replace(entry.labels, instances=found))
+        for entry, found in zip(batch.readable, instances, strict=True)
+    ]
+    return (*labelled, *batch.unreadable)
+
+
+def _block(payloads: list[Any]) -> pa.Table:
+    return pa.table({"payload": pa.array([pickle.dumps(payload) for payload in payloads], pa.binary())})
+
+
+def _payloads(block: pa.Table) -> list[Any]:
+    return [pickle.loads(payload.as_buffer()) for payload in block.column("payload")]
