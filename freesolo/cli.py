@@ -1,0 +1,139 @@
+"""`freesolo ...`: what a person does at a terminal, beside the jobs that a cluster runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from freesolo.config import InferenceSettings, PredictSettings, TrackingSettings
+from freesolo.data.coco import write_coco
+from freesolo.data.files import read_bytes
+from freesolo.data.pack import pack
+from freesolo.data.photos import PhotoError, decode_photo
+from freesolo.data.sources import find_photos
+from freesolo.entry import exit_code
+from freesolo.errors import JobError
+from freesolo.inference.segment import SegmentPhotos
+from freesolo.inspection import inspect
+from freesolo.models.weights import PUBLISHED, pull, recorded_sha256
+from freesolo.progress import progress
+from freesolo.registry import resolve_weights
+from freesolo.report.pictures import draw_masks, encode_png
+from freesolo.tracking import resolve_server
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 1 for a failure, 2 for a wrong use."""
+    options = _parser().parse_args(arguments)
+    return exit_code(lambda: options.act(options), debug=options.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser = argparse.ArgumentParser(prog="freesolo", description="Unsupervised instance segmentation.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("pack", parents=[common], help="photos into the shards of a data set")
+    command.add_argument("photos", help="folder, glob or COCO JSON")
+    command.add_argument("dataset", help="URL of the data set to make")
+    command.add_argument("--images", help="folder of a COCO JSON's photos; default: beside it")
+    command.add_argument("--samples-per-shard", type=int, default=1000)
+    command.add_argument("--seed", type=int, default=0, help="of the order of the photos")
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    command.add_argument("--max-bad-samples", type=float, default=0.001, help="share of photos that may be unreadable")
+    command.set_defaults(act=_pack)
+
+    command = commands.add_parser("predict", parents=[common], help="segment one photo and draw what was found")
+    command.add_argument("model", help="model file, URL or models:/name@alias")
+    command.add_argument("photo", help="path or URL")
+    command.add_argument("--out", required=True, help="the picture to write, a PNG")
+    command.add_argument("--short-side", type=int, default=800, help="pixels that the photo is resized to")
+    command.add_argument("--min-score", type=float, default=0.3)
+    command.add_argument(
+        "--storage", default="runs", help="where runs are kept, for models:/ without a tracking server"
+    )
+    command.add_argument("--tracking-uri", help="MLflow's; default: MLFLOW_TRACKING_URI, or SQLite in the storage")
+    command.set_defaults(act=_predict)
+
+    command = commands.add_parser("inspect", parents=[common], help="what a data set, a label set or a run holds")
+    command.add_argument("url")
+    command.add_argument("--verify", action="store_true", help="read every byte and compare checksums")
+    command.set_defaults(act=_inspect)
+
+    exports = commands.add_parser("export", help="into other formats").add_subparsers(required=True, metavar="FORMAT")
+    command = exports.add_parser("coco", parents=[common], help="a label set or annotated data set as COCO JSON")
+    command.add_argument("url")
+    command.add_argument("out", help="the JSON to write")
+    command.set_defaults(act=_export_coco)
+
+    weights = commands.add_parser("weights", help="published checkpoints").add_subparsers(required=True, metavar="DO")
+    command = weights.add_parser("pull", parents=[common], help="fetch a checkpoint and verify its checksum")
+    command.add_argument("name", help=f"an address, or one of {', '.join(PUBLISHED)}")
+    command.add_argument("--to", default="weights", help="folder")
+    command.add_argument("--sha256", help="what the file must hash to")
+    command.set_defaults(act=_pull)
+    return parser
+
+
+def _pack(options: argparse.Namespace) -> None:
+    count = len(find_photos(options.photos, images=options.images).photos)
+    with progress("pack", total=count, unit="photos") as advance:
+        manifest = pack(
+            options.photos,
+            options.dataset,
+            images=options.images,
+            samples_per_shard=options.samples_per_shard,
+            seed=options.seed,
+            max_bad_samples=options.max_bad_samples,
+            workers=options.workers,
+            progress=advance,
+        )
+    print(f"{options.dataset}: {manifest.samples} photos in {len(manifest.shards)} shards")
+    for photo in manifest.skipped:
+        print(f"  skipped {photo.file_name}: {photo.reason}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    settings = PredictSettings(
+        short_side=options.short_side,
+        inference=InferenceSettings(min_score=options.min_score),
+        max_width=1.0,
+    )
+    server = resolve_server(TrackingSettings(uri=options.tracking_uri), options.storage)
+    try:
+        photo = decode_photo(read_bytes(options.photo))
+    except PhotoError as error:
+        raise JobError(f"{options.photo}: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        weights = resolve_weights(options.model, Path(folder), server=server)
+        segment = SegmentPhotos.from_file(weights.path, settings)
+    (found,) = segment([photo])
+    picture = draw_masks(photo, found.masks.numpy(), found.scores.double().numpy())
+    Path(options.out).write_bytes(encode_png(picture))
+    print(f"{options.out}: {len(found)} instances")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    text, whole = inspect(options.url, verify=options.verify)
+    print(text)
+    if not whole:
+        raise JobError(f"{options.url}: not whole")
+
+
+def _export_coco(options: argparse.Namespace) -> None:
+    write_coco(options.url, options.out)
+    print(options.out)
+
+
+def _pull(options: argparse.Namespace) -> None:
+    path = pull(options.name, Path(options.to), sha256=options.sha256)
+    print(f"{path}: sha256 {recorded_sha256(path)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
