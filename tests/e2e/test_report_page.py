@@ -62,6 +62,7 @@ def scene(number: int) -> GalleryPhoto:
 def sample_report(photos: int = 11) -> Report:
     steps = tuple(range(0, 2000, 10))
     total = tuple(math.nan if step == 500 else 1 + 2 * math.exp(-step / 600) for step in steps)
+    columns = [f"Masks/{name}" for name in ("AP", "AP50", "AP75", "S", "M", "L", "AR", "CorLoc")]
     return Report(
         title="demo-run",
         summary="Two discs a scene.",
@@ -75,8 +76,8 @@ def sample_report(photos: int = 11) -> Report:
             Curve("learning rate", steps, tuple(1e-3 * step / 2000 for step in steps), "SOLO round 1"),
         ),
         metric_rows=(
-            MetricRow("Free Mask", {"Masks/AP50": 0.098, "Masks/S": None, "Boxes/AP50": 0.12}),
-            MetricRow("SOLO round 1", {"Masks/AP50": 0.124, "Masks/S": None, "Boxes/AP50": 0.11}),
+            MetricRow("Free Mask", dict.fromkeys(columns) | {"Masks/AP50": 0.098, "Boxes/AP50": 0.12}),
+            MetricRow("SOLO round 1", dict.fromkeys(columns) | {"Masks/AP50": 0.124, "Boxes/AP50": 0.11}),
         ),
         gallery=tuple(scene(number) for number in range(photos)),
         notes=("It can show that the page works.", "It cannot show more."),
@@ -166,6 +167,9 @@ def test_photos_are_decoded_and_masks_lie_where_they_should(opened: Opened) -> N
            }"""
     )
     assert (height, width) == SIZES[0]
+    panel, shown = page.locator("#photos .panel").first, page.locator("#photos svg").first
+    width_of = "node => node.getBoundingClientRect().width"
+    assert panel.evaluate(width_of) == pytest.approx(shown.evaluate(width_of))
     box = page.evaluate(
         """() => {
              const mask = document.querySelector("#photos .mask").getBBox();
@@ -248,6 +252,7 @@ def test_label_sets_can_share_one_photo(opened: Opened) -> None:
     assert len(set(colours)) == 3  # one a label set
     page.get_by_role("checkbox", name="Ground truth").uncheck()
     assert first.locator(".mask:visible").count() == 4
+    assert first.locator(".caption .shown").inner_text() == "4 masks"
     assert status(page) == "Photos 1 to 8 of 11 · 28 masks"
     page.get_by_role("checkbox", name="Photo without masks too").check()
     assert first.locator(".panel").count() == 2

@@ -110,12 +110,12 @@ class Chart {
     });
   }
 
-  // Scales from steps and values to pixels; the value axis starts at 0 unless the values lie far from it.
+  // Scales from steps and values to pixels; the value axis starts at 0 unless the values lie far from it, and has no
+  // ticks where there are no values.
   #scales() {
     const values = this.lines.filter((line) => line.visible).flatMap((line) => line.values.filter((v) => v !== null));
     let low = values.reduce((a, b) => Math.min(a, b), Infinity);
     let high = values.reduce((a, b) => Math.max(a, b), -Infinity);
-    if (values.length === 0) [low, high] = [0, 1];
     if (low > 0 && low < 0.6 * high) low = 0;
     if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) / 2, high + Math.abs(high) / 2];
     high += (high - low) * 0.04;
