@@ -41,7 +41,7 @@ def render_page(report: Report) -> str:
         metrics=_metrics(report.metric_rows),
         notes=_paragraphs(report.notes) or _empty("Nothing was written about this run's limits."),
         gallery=_asset("gallery.html") if report.gallery else _empty("No photos were chosen for a gallery."),
-        curves=_asset("curves.html") if curves else _empty("This run trained nothing, so there are no curves."),
+        curves=_asset("curves.html") if curves else _empty("This run recorded no curves."),
         provenance=_provenance(report.provenance),
         data=_script_json({"gallery": gallery_data(report.gallery), "curves": curves}),
         script=script,
@@ -103,7 +103,7 @@ def _stage(stage: StageSummary, total_seconds: float) -> str:
 def _metrics(rows: tuple[MetricRow, ...]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     if not names:
-        return _empty("Nothing was measured: there were no annotated photos to compare with.")
+        return _empty("Nothing was measured in this run.")
     tables: dict[str, list[str]] = {}
     for name in names:
         tables.setdefault(name.rpartition("/")[0], []).append(name)

@@ -68,7 +68,7 @@ def contact_sheet(
     cell: int = 256,
     gap: int = 12,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Pictures side by side in a grid, each shrunk or enlarged to fit a square cell.
+    """Pictures side by side in a grid, each shrunk or enlarged to fit a square cell and standing at its foot.
 
     Args:
         pictures: Of any sizes; none at all gives one empty cell.
@@ -93,7 +93,7 @@ def contact_sheet(
     for n, pixels in enumerate(pictures):
         left, top = gap + n % columns * (cell + gap), gap + n // columns * pitch_y
         picture = _fit(pixels, cell)
-        sheet.paste(picture, (left + (cell - picture.width) // 2, top + (cell - picture.height) // 2))
+        sheet.paste(picture, (left + (cell - picture.width) // 2, top + cell - picture.height))
         if captions:
             text = _cut(captions[n], cell, font)
             pen.text((left + cell / 2, top + cell + caption_height / 2), text, font=font, fill=INK, anchor="mm")

@@ -465,7 +465,7 @@ def test_little_to_show_is_shown_without_a_complaint(browser: Browser, tmp_path:
     shown.context.close()
     assert shown.complaints == []
     assert ("No photos were chosen" in text) == (not report.gallery)
-    assert ("there are no curves" in text) == (not report.curves)
+    assert ("recorded no curves" in text) == (not report.curves)
     assert panels == len(report.gallery)
     assert not any("NaN" in path or "Infinity" in path for path in drawn)
     if case == "a photo without masks":

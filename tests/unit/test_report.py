@@ -194,7 +194,7 @@ def test_an_empty_report_says_what_it_lacks() -> None:
         "No stages",
         "Nothing was measured",
         "No photos",
-        "no curves",
+        "recorded no curves",
         "Nothing was written",
         "Nothing was recorded",
     ):

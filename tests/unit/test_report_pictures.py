@@ -155,13 +155,13 @@ def test_a_contact_sheet_places_pictures_in_rows() -> None:
     red[..., 0], blue[..., 2] = 255, 255
     sheet = contact_sheet([red, blue, red], columns=2, cell=40, gap=4)
     assert sheet.shape == (2 * 44 + 4, 2 * 44 + 4, 3)
-    assert sheet[24, 24].tolist() == [255, 0, 0]  # the middle of the first cell
+    assert sheet[34, 24].tolist() == [255, 0, 0]  # the first cell's lower half: a wide picture stands at its foot
+    assert sheet[22, 24].tolist() == sheet[0, 0].tolist()
     assert sheet[24, 68].tolist() == [0, 0, 255]
     blue_columns = np.flatnonzero((sheet[24] == [0, 0, 255]).all(axis=1))
     assert (blue_columns.min(), blue_columns.max()) == (58, 77)  # 20 wide in the middle of 48 to 87
-    assert sheet[68, 24].tolist() == [255, 0, 0]
+    assert sheet[78, 24].tolist() == [255, 0, 0]
     assert sheet[68, 68].tolist() == sheet[0, 0].tolist()  # nothing in the fourth
-    assert sheet[6, 24].tolist() == sheet[0, 0].tolist()  # a wide picture is half as high as its cell: rows 14 to 33
 
 
 def test_a_contact_sheet_of_nothing_is_an_empty_cell() -> None:
