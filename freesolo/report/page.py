@@ -109,16 +109,17 @@ def _metrics(rows: tuple[MetricRow, ...]) -> str:
         tables.setdefault(name.rpartition("/")[0], []).append(name)
     explained = (
         '<p class="legend-text">In percent, on the same photos; higher is better, and the best of each column is '
-        "marked. A dash means that there was nothing to measure. AP is the average precision over overlaps of 50 to "
-        "95 percent, AP50 and AP75 that at one overlap, S, M and L that of small, medium and large objects, AR the "
-        "average recall, and CorLoc the share of photos in which some prediction overlaps an object by half.</p>"
+        "marked. A dash means that there was nothing to measure. AP is the average precision over overlaps (IoU) of "
+        "50 to 95 percent; AP50 and AP75 ask for one overlap. AR100 is the average recall of up to 100 predictions a "
+        "photo. Small objects have up to 32 x 32 px, large ones at least 96 x 96. CorLoc is the share of photos in "
+        "which some prediction overlaps an object by half.</p>"
     )
     return "\n".join(_metric_table(title, columns, rows) for title, columns in tables.items()) + explained
 
 
 def _metric_table(title: str, columns: list[str], rows: tuple[MetricRow, ...]) -> str:
     label = title or "Metrics"
-    head = "".join(f'<th scope="col">{escape(column.rpartition("/")[2])}</th>' for column in columns)
+    head = "".join(f'<th scope="col">{_column_title(column)}</th>' for column in columns)
     best = {column: _best(column, rows) for column in columns}
     body = "\n".join(
         f'<tr><th scope="row">{escape(row.name)}</th>'
@@ -131,6 +132,10 @@ def _metric_table(title: str, columns: list[str], rows: tuple[MetricRow, ...]) -
         f"<caption>{escape(label)}</caption>"
         f'<thead><tr><th scope="col">Label set</th>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
     )
+
+
+def _column_title(column: str) -> str:
+    return escape(column.rpartition("/")[2].replace("_", " "))
 
 
 def _best(column: str, rows: tuple[MetricRow, ...]) -> float | None:

@@ -58,7 +58,7 @@ class MetricRow:
         name: The label set's, for people: "Free Mask", "SOLO round 1".
         metrics: Shares in [0, 1], higher is better, named "table/column": `{"Masks/AP50": 0.098, "Boxes/AP50": None}`.
             None where nothing could be measured, as of a size of which there is no object. A name without a slash
-            goes into a table without a title.
+            goes into a table called Metrics; an underscore is shown as a space.
     """
 
     name: str

@@ -62,7 +62,7 @@ def scene(number: int) -> GalleryPhoto:
 def sample_report(photos: int = 11) -> Report:
     steps = tuple(range(0, 2000, 10))
     total = tuple(math.nan if step == 500 else 1 + 2 * math.exp(-step / 600) for step in steps)
-    columns = [f"Masks/{name}" for name in ("AP", "AP50", "AP75", "S", "M", "L", "AR", "CorLoc")]
+    columns = [f"Masks/{name}" for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR100")]
     return Report(
         title="demo-run",
         summary="Two discs a scene.",

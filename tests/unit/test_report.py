@@ -244,14 +244,14 @@ def test_metrics_are_percents_with_the_best_of_each_column_marked() -> None:
 
 
 def test_each_kind_of_metric_is_a_table() -> None:
-    rows = (MetricRow("Free Mask", {"Masks/AP": 0.1, "Boxes/AP": 0.2, "CorLoc": 0.3}),)
+    rows = (MetricRow("Free Mask", {"Masks/AP": 0.1, "Boxes/AP_small": 0.2, "CorLoc": 0.3}),)
     html = render_page(Report("r", "", metric_rows=rows))
     assert re.findall(r"<caption>(.*?)</caption>", html) == ["Masks", "Boxes", "Metrics"]
     assert re.findall(r'<th scope="col">(.*?)</th>', html) == [
         "Label set",
         "AP",
         "Label set",
-        "AP",
+        "AP small",
         "Label set",
         "CorLoc",
     ]
