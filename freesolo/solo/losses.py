@@ -125,7 +125,8 @@ def free_mask_losses(
     """FreeSOLO's losses on coarse masks, which are trusted for where an object is, not for its outline.
 
     Source: FreeSOLO (arXiv:2202.12181) sec. 3.2. Each mask and embedding term is averaged over the positives of a
-    level, then over the levels that have any. A positive's pairwise term is the mean over the pairs that it selects.
+    level, then over the levels that have any. A positive's pairwise term is the mean over the pairs that it selects
+    (BoxInst's is the mean over all positives' pairs at once, where large objects count more).
 
     # Deviation: by default the cells of an image without coarse masks are not trained. The paper's data has no such
     # images, ours does: there Free Mask found nothing that it would vouch for, which does not make it background.

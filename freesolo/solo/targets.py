@@ -6,6 +6,8 @@
 
 A cell has one target. Where instances meet in a cell the one with the smallest mask has it, for its category, its
 kernel, its embedding and its mask alike; of equal ones the last. The other instance has no positive in that cell.
+# Deviation: the released SOLOv2 trains such a cell's kernel towards the masks of both, which no kernel can satisfy.
+
 Nothing here loops over instances or cells or waits for the device; `count_slots` says how the host learns the counts.
 """
 
@@ -47,7 +49,13 @@ class _Candidates:
 
 
 def assign_targets(
-    instances: Instances, batch_size: int, height: int, width: int, settings: SoloModelSettings
+    instances: Instances,
+    batch_size: int,
+    height: int,
+    width: int,
+    settings: SoloModelSettings,
+    *,
+    trim: bool | None = None,
 ) -> GridTargets:
     """Assign every cell of a batch in one pass over all instances.
 
@@ -61,10 +69,11 @@ def assign_targets(
         height: Of the batch's padded extent, in px: what the grids divide.
         width: Likewise.
         settings: Grids, scale ranges and sigma.
+        trim: Return the valid slots alone, for which the host waits to count them; None: where that costs nothing, on
+            the CPU.
 
     Returns:
-        Slots in the order of instances, hence of images; the valid ones first. On the CPU there are no others; on other
-        devices there are `slot_capacity` of them, because nobody waits to count.
+        Slots in the order of instances, hence of images; the valid ones first, `slot_capacity` in all if not trimmed.
     """
     candidates = _candidates(instances, height, width, settings)
     cells = sum(size * size for size in settings.grid_sizes)
@@ -81,7 +90,10 @@ def assign_targets(
     if len(instances) > 0:
         owner = smallest_last[highest[:-1].clamp(min=0)]
         categories = torch.where(highest[:-1] >= 0, instances.category_ids[owner], categories)
-    kept = _first_slots(positive, slot_capacity(len(instances), settings))
+    if positive.device.type == "cpu" if trim is None else trim:
+        kept = positive.nonzero()[:, 0]
+    else:
+        kept = (~positive).byte().argsort(stable=True)[: slot_capacity(len(instances), settings)]
     valid = positive[kept]
     return GridTargets(
         categories=categories.view(batch_size, cells),
@@ -141,8 +153,10 @@ def mask_targets(instances: Instances, stride: int) -> Bool[Tensor, "N h w"]:
     """The instances' masks at the resolution of the predicted ones.
 
     A bilinear resize (pixel centres, no antialiasing) thresholded at 0.5: with an even stride, two or more of the four
-    pixels at the middle of each `stride` x `stride` block. A mask too thin for any block keeps the blocks that it
-    touches, so that no positive is taught an empty mask.
+    pixels at the middle of each `stride` x `stride` block.
+
+    # Deviation: a mask too thin for any block keeps the blocks that it touches, so that no positive is taught an empty
+    mask, which is what the released SOLOv2 does to it.
 
     Args:
         instances: N may be 0.
@@ -197,13 +211,6 @@ def _candidates(instances: Instances, height: int, width: int, settings: SoloMod
     level = torch.arange(len(settings.grid_sizes), device=device)[None, :, None, None].expand_as(valid)
     image = instances.image_index[:, None, None, None].expand_as(valid)
     return _Candidates(*(column.flatten() for column in (valid, instance, image, level, index)))
-
-
-def _first_slots(positive: Bool[Tensor, " M"], capacity: int) -> Int64[Tensor, " capacity"]:
-    """Indices of the positives in order, then of as many others as fill the capacity; on the CPU none of those."""
-    if positive.device.type == "cpu":
-        return positive.nonzero()[:, 0]
-    return (~positive).byte().argsort(stable=True)[:capacity]
 
 
 def _constants(values: tuple[float | int, ...], device: torch.device) -> Tensor:

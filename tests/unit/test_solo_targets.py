@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from freesolo.config import SoloModelSettings
-from freesolo.solo.targets import _first_slots, assign_targets, count_slots, mask_targets, slot_capacity
+from freesolo.solo.targets import assign_targets, count_slots, mask_targets, slot_capacity
 from freesolo.types import GridTargets, Instances
 
 # Over 64 x 64 px: cells of 8, 16, 16, 32 and 64 px. The levels' first cells are 0, 64, 80, 96 and 100; 101 in all.
@@ -67,8 +67,10 @@ def test_region_is_clipped_to_three_by_three_and_to_the_grid():
     # 50 x 2 px, scale 10, levels 0 and 1; on level 0 centre (25, 1): cell 3; the region covers columns 0..6, row 0.
     level_0 = [cell for _, _, level, cell in slots(assign(with_boxes((0, 0, 50, 2)), model=wide)) if level == 0]
     assert level_0 == [2, 3, 4]
-    # In the corner: 8 x 8 px about (60, 60), cell 7; the region 56..64 begins at cell 7 and ends past the grid.
-    assert [cell for *_, cell in slots(assign(with_boxes((56, 56, 64, 64)), model=wide))] == [63]
+    # In the corners: 8 x 8 px about (60, 60) and (4, 4), regions of twice that: 52..68 and -4..12, cells 6, 7 and 0, 1.
+    wider = MODEL.model_copy(update={"centre_sigma": 2.0})
+    assert [cell for *_, cell in slots(assign(with_boxes((56, 56, 64, 64)), model=wider))] == [54, 55, 62, 63]
+    assert [cell for *_, cell in slots(assign(with_boxes((0, 0, 8, 8)), model=wider))] == [0, 1, 8, 9]
 
 
 def test_centre_is_that_of_the_mass_not_of_the_box():
@@ -140,25 +142,17 @@ def test_capacity_is_nine_cells_on_each_level_that_a_scale_can_be_on(ranges, ove
     assert slot_capacity(0, model) == 0
 
 
-def test_slots_on_a_device_have_a_fixed_capacity_and_the_valid_ones_come_first(monkeypatch):
-    # What other devices do, computed on this one: the CPU's shortcut is replaced by the general way.
-    monkeypatch.setattr(
-        "freesolo.solo.targets._first_slots", lambda positive, n: (~positive).byte().argsort(stable=True)[:n]
-    )
-    instances = with_boxes((10, 10, 20, 20), (40, 16, 46, 22), images=[0, 1])
-    padded = assign(instances, batch_size=3)
-    monkeypatch.undo()
+def test_untrimmed_slots_have_a_fixed_capacity_and_the_valid_ones_come_first():
+    instances = with_boxes((10, 10, 20, 20), (0, 0, 0, 0), (40, 16, 46, 22), images=[0, 0, 1])
+    padded = assign_targets(instances, 3, 64, 64, MODEL, trim=False)
     trimmed = assign(instances, batch_size=3)
-    assert len(padded.valid) == slot_capacity(2, MODEL)
+    assert len(padded.valid) == slot_capacity(3, MODEL)
     assert padded.valid.tolist() == [True] * 9 + [False] * (len(padded.valid) - 9)
     assert slots(padded) == slots(trimmed)
     assert all((column[9:] == 0).all() for column in (padded.instance, padded.image, padded.level, padded.cell))
+    assert torch.equal(padded.categories, trimmed.categories)
     assert count_slots(padded).wait() == count_slots(trimmed).wait() == (8, 1, 0)
-
-
-def test_first_slots_keeps_order_on_the_cpu():
-    positive = torch.tensor([False, True, False, True, True])
-    assert _first_slots(positive, 4).tolist() == [1, 3, 4]
+    assert len(assign_targets(Instances.empty(64, 64), 3, 64, 64, MODEL, trim=False).valid) == 0
 
 
 @pytest.mark.gpu
