@@ -10,6 +10,7 @@ No process sees the whole data set, and what has been consumed is known by count
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class TrainingStream(Generic[Batch]):
             dataset = ray.data.read_datasource(
                 _PieceSource([partial(_read_piece, self, piece) for piece in chunk], [len(piece) for piece in chunk]),
                 override_num_blocks=len(chunk),
-                ray_remote_args={"num_cpus": 0.5},  # waits for storage; also keeps it from fusing with decoding
+                num_cpus=0.5,  # waits for storage; also keeps it from fusing with decoding
             ).map_batches(partial(_view_block, self.view), batch_size=None, batch_format="pyarrow", num_cpus=1)
             try:
                 for table in dataset.iter_batches(
@@ -143,6 +144,7 @@ def configure_ray_data(*, cpus: float | None = None) -> None:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if cpus is not None:
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(cpu=cpus)
 

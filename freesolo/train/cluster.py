@@ -14,21 +14,21 @@ DATA_CPUS_PER_WORKER = 2
 
 
 def connect(resources: ResourceSettings) -> None:
-    """Connect to the cluster that this process belongs to, or start a local one on this machine's loopback.
+    """Connect to the cluster that RAY_ADDRESS names, as it does in a submitted job, or start one on this machine.
 
     Args:
-        resources: What the job will ask for; a local cluster is started large enough for it.
+        resources: What the job will ask for; a cluster of its own is started large enough for it.
     """
     if ray.is_initialized():
         return
-    try:
-        ray.init(address="auto", logging_level=logging.WARNING)
-    except ConnectionError:
-        # Nothing outside this machine can reach a local cluster, so it needs no tokens.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        wanted = resources.workers * (resources.cpus_per_worker + DATA_CPUS_PER_WORKER)
-        ray.init(num_cpus=max(os.cpu_count() or 1, wanted), logging_level=logging.WARNING)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return
+    # Nothing outside this machine can reach a cluster on its loopback, so it needs no tokens.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    wanted = resources.workers * (resources.cpus_per_worker + DATA_CPUS_PER_WORKER)
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, wanted), logging_level=logging.WARNING)
 
 
 def data_cpus(resources: ResourceSettings) -> float:
