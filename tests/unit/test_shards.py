@@ -79,6 +79,13 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     assert write_shard(str(tmp_path / "c"), "shard-000000", some_samples()[::-1]) != first
 
 
+def test_a_sample_costs_two_headers_and_its_blocks(url: str) -> None:
+    photo = Sample("1", JPEG + bytes(509), 1, "1.jpg", 1, 1)
+    write_shard(url, "shard-000000", [photo])
+    with tarfile.open(Path(url, "shard-000000.tar")) as tar:
+        assert [member.offset for member in tar] == [0, 1024]
+
+
 def test_members_are_the_photos_own_bytes_under_their_real_format(url: str) -> None:
     write_shard(url, "shard-000000", some_samples(2))
     with tarfile.open(Path(url, "shard-000000.tar")) as tar:
@@ -144,7 +151,7 @@ def test_reading_holds_one_sample_at_a_time(url: str) -> None:
         list(consumed)
 
 
-@pytest.mark.parametrize("kept", [0, 100, 512, 15_000, 30_000, 21_504 + 1_024, -512, -11_000])
+@pytest.mark.parametrize("kept", [0, 100, 512, 15_000, 21_504, 30_000, -512, -11_000])
 def test_a_truncated_shard_is_named_wherever_it_is_cut(url: str, kept: int) -> None:
     shard = write_shard(url, "shard-000000", some_samples())
     path = Path(url, "shard-000000.tar")
@@ -184,6 +191,14 @@ def test_a_shard_of_another_count_is_noticed(url: str) -> None:
 def test_a_missing_shard_is_named(url: str) -> None:
     with pytest.raises(ShardError, match=r"shard-000009\.tar: the shard is missing"):
         list(read_shard(url, ShardInfo("shard-000009", 1, 1, "")))
+
+
+def test_the_padding_at_the_end_of_a_tar_is_part_of_its_digest(url: str) -> None:
+    # Two headers, a block of JSON and two end blocks: what tells the end comes within the first MiB, the padding after.
+    photo = Sample("1", JPEG + bytes(2**20 - 5 * 512 - 3), 1, "1.jpg", 1, 1)
+    shard = write_shard(url, "shard-000000", [photo])
+    assert shard.bytes > 2**20
+    assert list(read_shard(url, shard)) == [photo]
 
 
 def test_a_tar_of_something_else_is_refused(url: str, tmp_path: Path) -> None:
