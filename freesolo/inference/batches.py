@@ -233,7 +233,7 @@ def labelled_instances(
     return tuple(
         LabelledInstance(
             mask_id=0,
-            rle={"size": rle["size"], "counts": rle["counts"].encode("ascii")},
+            rle=rle,
             bbox_xywh=(x, y, width, height),
             score=score,
             category_id=category_id,

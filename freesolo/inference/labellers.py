@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from freesolo.ops.images import normalize
 from freesolo.types import ImageBatch
 
 
+@runtime_checkable
 class Labeller(Protocol):
     """A model that finds the instances in photos."""
 

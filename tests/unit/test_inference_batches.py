@@ -29,6 +29,7 @@ from freesolo.inference.batches import (
     read_batches,
 )
 from freesolo.inference.resources import spare_cpus
+from freesolo.ops.masks import decode_rle
 
 PLAN = BatchPlan(short_side=32, long_side_max=64, batch_size=3)
 
@@ -233,7 +234,7 @@ def test_instances_are_stored_with_boxes_and_embeddings() -> None:
     assert second.bbox_xywh == (3.0, 2.0, 5.0, 3.0)
     assert (first.score, second.category_id) == (0.75, 4)
     assert first.rle["size"] == [6, 8]
-    assert isinstance(first.rle["counts"], bytes)
+    assert decode_rle([first.rle, second.rle], 6, 8).equal(masks)
     assert second.embedding.dtype == np.float16
     np.testing.assert_array_equal(second.embedding, np.array([0.6, 0.8], np.float16))
 
