@@ -80,6 +80,14 @@ def test_both_ways_use_the_images_as_they_were():
     assert result.instances.category_ids.tolist() == [10, 11, 11, 10]
 
 
+def test_what_was_pasted_over_is_pasted_as_it_was():
+    # Each covers one pixel, (0, 0), of the other: a quarter of the row, a third of the column.
+    row, column = drawn("####", "....", "....", "...."), drawn("#...", "#...", "#...", "....")
+    result = copy_paste(batch_of([flat(50), flat(200)], [(0, row), (1, column)]), choosing(True, True))
+    assert torch.equal(result.images.pixels[0, 0], torch.where(column, 200, 50))
+    assert torch.equal(result.images.pixels[1, 0], torch.where(row, 50, 200))
+
+
 def test_what_is_below_is_cut_and_its_box_follows():
     below = drawn("####", "....", "....", "....")
     above = drawn("...#", "...#", "...#", "...#")  # covers a quarter of it
@@ -136,14 +144,14 @@ def test_pasted_instances_do_not_cut_one_another():
 def test_images_of_other_sizes_are_resized_to_fit():
     # The source is 2 x 2 in a 4 x 4 extent; the target 4 x 4: every pixel becomes 2 x 2.
     source = flat(0)
-    source[:, 0, 0], source[:, 0, 1], source[:, 1, 0], source[:, 1, 1] = 10, 10, 90, 90
+    source[:, 0, 0], source[:, 0, 1], source[:, 1, 0], source[:, 1, 1] = 10, 10, 91, 91
     mask = drawn("#...", "#...", "....", "....")
     batch = batch_of([flat(200), source], [(1, mask)], sizes=[(4, 4), (2, 2)])
     result = copy_paste(batch, choosing(True))
     left = drawn("##..", "##..", "##..", "##..")
     assert torch.equal(result.instances.masks, torch.stack([left, mask]))
-    # Bilinear between 10 and 90 at rows 0.25 and 0.75 of the way: 10, 30, 70, 90.
-    assert result.images.pixels[0, 0].tolist() == [[v, v, 200, 200] for v in (10, 30, 70, 90)]
+    # Bilinear, rows a quarter and three quarters of the way from 10 to 91: 10, 30.25, 70.75, 91, rounded.
+    assert result.images.pixels[0, 0].tolist() == [[v, v, 200, 200] for v in (10, 30, 71, 91)]
 
 
 def test_a_smaller_target_keeps_its_padding():
