@@ -84,7 +84,7 @@ def decode_photo(
     with _opened(data, max_pixels) as image:
         orientation = _orientation(image)
         pixels = None
-        if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+        if image.format in ("JPEG", "MPO"):
             pixels = _decode_plain_jpeg(data, min_short_side)
         if pixels is None:
             image.load()
@@ -150,7 +150,7 @@ def _decode_plain_jpeg(data: bytes, min_short_side: int | None) -> UInt8[np.ndar
             return None
         if "Premature end" in reason or "Corrupt JPEG data" in reason:
             raise PhotoError(f"truncated or damaged: {reason}") from error
-        return None  # an unusual kind of JPEG
+        return None  # CMYK, or another unusual kind of JPEG
     return pixels
 
 
