@@ -128,9 +128,9 @@ def write_record(run_url: str, record: RunRecord) -> None:
 
 @contextmanager
 def request_limits(*, seconds: int, retries: int) -> Iterator[None]:
-    """Bound MLflow's requests, which by default go on for over five minutes when nobody answers.
+    """Bound MLflow's requests, which by default go on for over five minutes when nobody answers, and keep it quiet.
 
-    MLflow takes these limits from the environment of the process at each request and from nowhere else, so they are
+    MLflow takes these settings from the environment of the process at each request and from nowhere else, so they are
     set there while the block runs. What the user has set stays. Blocks that overlap without being nested end early
     for each other; then a request takes longer and nothing else happens.
 
@@ -138,12 +138,13 @@ def request_limits(*, seconds: int, retries: int) -> Iterator[None]:
         seconds: To wait for a connection, and for each part of an answer.
         retries: Of a request that fails.
     """
-    limits = {
+    wanted = {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # a job's last line there is its result
     }
-    ours = {name: value for name, value in limits.items() if name not in os.environ}
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(ours)
     try:
         yield
