@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,27 @@ def test_more_workers_give_the_same_bytes(tmp_path: Path) -> None:
     assert alone == together
     assert contents(str(tmp_path / "a")) == contents(str(tmp_path / "b"))
     assert done == [2, 2, 2, 2, 1]
+
+
+def test_a_killed_worker_is_told_of_and_leaves_no_data_set(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed:
+        def __init__(self, workers: int, **_: object) -> None:
+            pass
+
+        def map(self, *_: object) -> list[object]:
+            raise BrokenProcessPool
+
+        def shutdown(self, **_: object) -> None:
+            pass
+
+    monkeypatch.setattr("freesolo.data.pack.ProcessPoolExecutor", Killed)
+    root = photos(tmp_path / "in", ["1.jpg", "2.jpg"])
+    with pytest.raises(JobError, match="a packing process was killed"):
+        pack(root, target, samples_per_shard=1, workers=2)
+    with pytest.raises(UsageError, match="no data set there"):
+        read_dataset_manifest(target)
 
 
 def test_shards_can_be_packed_anywhere_in_any_order(tmp_path: Path) -> None:
