@@ -102,6 +102,14 @@ def test_objects_are_in_the_picture_where_their_masks_are(scenes: Path) -> None:
     assert np.mean(across) > 2 * np.mean(elsewhere)
 
 
+def test_an_object_is_of_another_colour_than_what_it_lies_on(tmp_path: Path) -> None:
+    compose_scenes(str(tmp_path), 60, 64, seed=5, max_objects=1)
+    for image_id, (mask,) in masks_by_image(document(tmp_path)).items():
+        picture = pixels(tmp_path, image_id).astype(float)
+        # 55 where it is laid; shadows and the rest of the background take a little of it.
+        assert np.linalg.norm(picture[mask].mean(axis=0) - picture[~mask].mean(axis=0)) > 40
+
+
 def test_the_same_seed_gives_the_same_bytes(scenes: Path, tmp_path: Path) -> None:
     compose_scenes(str(tmp_path / "again"), 30, SIZE, seed=3)
     for name in files.list_files(str(scenes)):
