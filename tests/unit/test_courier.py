@@ -18,6 +18,8 @@ class Desk:
     def __init__(self) -> None:
         self.away = False
         self.without_store = False  # takes entries, not parcels
+        self.without_books = False  # takes parcels, not entries
+        self.unwanted_now: set[int] = set()  # parcels that it does not take now
         self.bad_steps: set[int] = set()
         self.opened = 0
         self.steps: list[int] = []
@@ -43,13 +45,15 @@ class Desk:
 
     def take_entries(self, entries: Sequence[Entry]) -> None:
         self._answer()
+        if self.without_books:
+            raise OSError("the books are closed")
         if self.bad_steps & {entry.step for entry in entries}:
             raise Refused("a bad name")
         self.steps += [entry.step for entry in entries]
 
     def take_parcel(self, parcel: Parcel) -> None:
         self._answer()
-        if self.without_store:
+        if self.without_store or parcel.content["n"] in self.unwanted_now:
             raise OSError("no room in the store")
         if parcel.content["n"] < 0:
             raise Refused("a bad parcel")
@@ -166,6 +170,42 @@ def test_a_store_that_fails_holds_up_no_metrics_and_one_parcel_no_other(journal:
     spool.put({"n": 3})
     assert courier.close("FINISHED", 1.0) == Delivery(3, 1, "no room in the store")
     assert desk.status == "FINISHED"
+
+
+def test_a_parcel_that_fails_again_and_again_holds_up_no_other(journal: Journal, spool: Spool) -> None:
+    desk = Desk()
+    desk.unwanted_now = {1}
+    for n in (1, 2, 3):
+        spool.put({"n": n})
+    courier = start(journal, spool, desk)
+    until(lambda: desk.parcels == [2, 3])
+    assert courier.close("FINISHED", 0.5) == Delivery(2, 1, "no room in the store")
+
+
+def test_entries_that_fail_hold_up_no_parcel_and_the_end_is_told_after_them(journal: Journal, spool: Spool) -> None:
+    desk = Desk()
+    desk.without_books = True
+    journal.append(0, {"loss": 1.0})
+    spool.put({"n": 1})
+    courier = start(journal, spool, desk)
+    until(lambda: desk.parcels == [1])
+    assert courier.close("FINISHED", 0.5) == Delivery(1, 1, "the books are closed")
+    assert desk.status is None
+
+
+def test_trouble_that_has_passed_is_not_the_reason_for_a_later_one(journal: Journal, spool: Spool) -> None:
+    desk = Desk()
+    desk.away = True
+    courier = start(journal, spool, desk)
+    journal.append(0, {"loss": 1.0})
+    time.sleep(0.3)
+    desk.away = False
+    until(lambda: desk.steps == [0])
+    time.sleep(0.3)  # until it has been written down that all is well
+    desk.hang.clear()
+    journal.append(1, {"loss": 1.0})
+    assert courier.close("FINISHED", 0.5) == Delivery(1, 1, "no answer within 0.5 s")
+    desk.hang.set()
 
 
 def test_what_is_refused_is_reported_and_takes_nothing_with_it(journal: Journal, spool: Spool) -> None:

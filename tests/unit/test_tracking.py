@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -240,6 +241,10 @@ def test_a_resumed_run_opens_the_same_run_and_sends_no_step_twice(
         second.journal.append(step, {"loss": float(step), "new": 1.0})
     second.witness.picture("overlay", pixels, 2)
     second.witness.picture("overlay", pixels, 6)
+    deadline = time.monotonic() + 30.0
+    while client.get_run(str(first.witness.run_id)).info.status != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert second.end().reason is None
 
     assert second.witness.run_id == first.witness.run_id
