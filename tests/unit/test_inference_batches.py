@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from freesolo.config import ResourceSettings
+from freesolo.config import ExtractSettings, PredictSettings, ResourceSettings
 from freesolo.data.labels import ImageLabels
 from freesolo.data.shards import Sample, ShardError, ShardInfo, shard_name, write_shard
 from freesolo.errors import UsageError
@@ -28,6 +28,8 @@ from freesolo.inference.batches import (
     labelled_instances,
     read_batches,
 )
+from freesolo.inference.pipeline import plan_settings
+from freesolo.inference.pool import DECODE_CPUS, READ_CPUS, reader_count
 from freesolo.inference.resources import spare_cpus
 from freesolo.ops.masks import decode_rle
 
@@ -130,6 +132,13 @@ def test_a_batch_is_decoded_resized_and_padded() -> None:
     assert decoded.pixels[0, :, 5:].max() == 0
     assert decoded.sizes.tolist() == [[10, 5]]
     assert [entry.index for entry in decoded.readable] == [7]
+
+
+def test_a_photo_that_is_not_of_its_recorded_size_counts_as_unreadable() -> None:
+    decoded = decode_batch(EncodedBatch("shard-000000", (photo(0, 16, 20, png(20, 16)),)), PLAN)
+
+    assert decoded.readable == ()
+    assert "16 x 20" in str(decoded.unreadable[0].labels.error)
 
 
 def test_an_unreadable_photo_is_told_apart_and_moves_no_other() -> None:
@@ -265,3 +274,19 @@ def test_a_pool_that_never_fits_is_refused_with_the_numbers(
 ) -> None:
     with pytest.raises(UsageError, match=f"resources.workers={resources.workers} .*do not fit.*room for"):
         spare_cpus(resources, nodes)
+
+
+@pytest.mark.parametrize(("workers", "spare"), [(1, 1.0), (4, 1.0), (40, 2.0), (3, 100.0), (1, 1.5)])
+def test_readers_always_leave_a_decoder_its_cpu(workers: int, spare: float) -> None:
+    readers = reader_count(workers, spare)
+
+    assert 1 <= readers <= 1 + workers // 2
+    assert readers * READ_CPUS + DECODE_CPUS <= spare + 1e-6
+
+
+def test_what_a_label_set_is_made_with_leaves_out_what_does_not_change_it() -> None:
+    strict, lenient = ExtractSettings(max_bad_samples=0.0), ExtractSettings(max_bad_samples=0.5)
+
+    assert plan_settings(strict, ResourceSettings()) == plan_settings(lenient, ResourceSettings(workers=4))
+    assert plan_settings(strict, ResourceSettings(gpus_per_worker=1)) != plan_settings(strict, ResourceSettings())
+    assert plan_settings(PredictSettings(batch_size=2), ResourceSettings())["batch_size"] == 2
