@@ -11,9 +11,10 @@ from pathlib import Path
 
 from freesolo.config import InferenceSettings, PredictSettings, TrackingSettings
 from freesolo.data.coco import write_coco
-from freesolo.data.files import read_bytes
+from freesolo.data.files import join, read_bytes, write_atomic
 from freesolo.data.pack import pack
 from freesolo.data.photos import PhotoError, decode_photo
+from freesolo.data.scenes import compose_scenes, demo_photos
 from freesolo.data.sources import find_photos
 from freesolo.entry import exit_code
 from freesolo.errors import JobError
@@ -47,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     command.add_argument("--max-bad-samples", type=float, default=0.001, help="share of photos that may be unreadable")
     command.set_defaults(act=_pack)
+
+    command = commands.add_parser("demo-data", parents=[common], help="the demo's photos, and scenes made of them")
+    command.add_argument("folder", help="gets unlabelled/ to train on and held-out/ with annotations")
+    command.add_argument("--scenes", type=int, default=320, help="to train on")
+    command.add_argument("--held-out", type=int, default=64, help="scenes to evaluate on")
+    command.set_defaults(act=_demo_data)
 
     command = commands.add_parser("predict", parents=[common], help="segment one photo and draw what was found")
     command.add_argument("model", help="model file, URL or models:/name@alias")
@@ -96,6 +103,14 @@ def _pack(options: argparse.Namespace) -> None:
     print(f"{options.dataset}: {manifest.samples} photos in {len(manifest.shards)} shards")
     for photo in manifest.skipped:
         print(f"  skipped {photo.file_name}: {photo.reason}")
+
+
+def _demo_data(options: argparse.Namespace) -> None:
+    for name, photo in demo_photos():
+        write_atomic(join(options.folder, "unlabelled", "photos", name), photo)
+    compose_scenes(join(options.folder, "unlabelled"), options.scenes, seed=0)
+    annotations = compose_scenes(join(options.folder, "held-out"), options.held_out, seed=1)
+    print(f"{options.folder}: {options.scenes} scenes and the photos they are made of; held out: {annotations}")
 
 
 def _predict(options: argparse.Namespace) -> None:
