@@ -113,6 +113,16 @@ def test_the_pairwise_term_warms_up_with_the_step():
     torch.testing.assert_close(at[100], at[200])
 
 
+def test_the_network_sees_normalised_images():
+    one = task()
+    seen = []
+    one.segmenter.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    one((WEAK,), 0)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (WEAK.images.pixels / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_padding_does_not_teach_the_pairwise_term():
     one = task()
     changed = WEAK.images.pixels.clone()
