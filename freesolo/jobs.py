@@ -22,7 +22,7 @@ from freesolo.inference.predict import predict_labels
 from freesolo.journal import Journal
 from freesolo.registry import register_backbone, register_segmenter
 from freesolo.run_report import write_report
-from freesolo.stages import StageFolder, StageResult, run_stage
+from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking import read_record, resolve_server
 from freesolo.train.cluster import connect
 from freesolo.train.pretraining import pretrain
@@ -40,7 +40,7 @@ def pretrain_stage(job: PretrainJob, folder: StageFolder, parent_url: str | None
         result = pretrain(job, folder, _tracked_run(job, folder, parent_url))
         return _with_registration(result, job, folder)
 
-    return run_stage(folder, job.model_dump(mode="json"), work)
+    return run_stage(folder, what_is_made(job), work)
 
 
 def extract_stage(job: ExtractJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
@@ -52,7 +52,7 @@ def extract_stage(job: ExtractJob, folder: StageFolder, parent_url: str | None =
             tell_dataset(witness, job.dataset)
             return _labelled(folder, job.labels, extract_free_masks(job, storage=folder.storage), journal)
 
-    return run_stage(folder, job.model_dump(mode="json"), work)
+    return run_stage(folder, what_is_made(job), work)
 
 
 def train_stage(job: TrainJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
@@ -63,7 +63,7 @@ def train_stage(job: TrainJob, folder: StageFolder, parent_url: str | None = Non
         result = train_segmenter(job, folder, _tracked_run(job, folder, parent_url))
         return _with_registration(result, job, folder)
 
-    return run_stage(folder, job.model_dump(mode="json"), work)
+    return run_stage(folder, what_is_made(job), work)
 
 
 def predict_stage(job: PredictJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
@@ -76,7 +76,7 @@ def predict_stage(job: PredictJob, folder: StageFolder, parent_url: str | None =
             result = predict_labels(job, storage=folder.storage, kind=job.kind)
             return _labelled(folder, job.labels, result, journal)
 
-    return run_stage(folder, job.model_dump(mode="json"), work)
+    return run_stage(folder, what_is_made(job), work)
 
 
 def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
@@ -102,7 +102,7 @@ def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None
             metrics = show_comparison(comparison, witness, journal)
             return StageResult(folder.stage, time.monotonic() - started, {"report": url}, metrics=metrics)
 
-    return run_stage(folder, job.model_dump(mode="json"), work)
+    return run_stage(folder, what_is_made(job), work)
 
 
 def pack_stage(job: PackJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
@@ -126,7 +126,7 @@ def pack_stage(job: PackJob, folder: StageFolder, parent_url: str | None = None)
             counts={"images": manifest.samples, "shards": len(manifest.shards), "skipped": len(manifest.skipped)},
         )
 
-    return run_stage(folder, job.model_dump(mode="json"), work)
+    return run_stage(folder, what_is_made(job), work)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from freesolo.jobs import (
 from freesolo.journal import Journal
 from freesolo.registry import promote_if_better
 from freesolo.run_report import write_report
-from freesolo.stages import StageFolder, StageResult, run_stage
+from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking import resolve_server
 from freesolo.witness import Witness
 
@@ -53,7 +53,7 @@ def pipeline_stage(job: PipelineJob, folder: StageFolder) -> StageResult:
             result = _Pipeline(job, folder).run(witness, journal)
         return replace(result, seconds=time.monotonic() - started)
 
-    return run_stage(folder, job.model_dump(mode="json"), work)
+    return run_stage(folder, what_is_made(job), work)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from freesolo.config import Job
 from freesolo.data.files import exists, join, read_bytes, write_atomic
 from freesolo.errors import UsageError
 
@@ -86,6 +87,23 @@ def run_stage(folder: StageFolder, settings: dict[str, Any], work: Callable[[], 
     result = work()
     write_atomic(result_url, json.dumps(asdict(result), indent=1).encode())
     return result
+
+
+def what_is_made(job: Job) -> dict[str, Any]:
+    """The settings that determine a job's result; who does it, who is told, and what is forgiven may change.
+
+    So a run that stopped for too many bad samples, or for want of workers, goes on under its name with others.
+    """
+    record: dict[str, Any] = job.model_dump(mode="json", exclude={"resources", "tracking"})
+    return _without(record, "max_bad_samples")
+
+
+def _without(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    return {
+        key: _without(value, name) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key != name
+    }
 
 
 def _differences(there: Any, wanted: Any, key: str = "") -> list[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from freesolo.config import TrainJob, parse_config
 from freesolo.errors import JobError, UsageError
-from freesolo.stages import StageFolder, StageResult, run_stage
+from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 
 
 def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
@@ -63,3 +64,15 @@ def test_stages_of_a_run_lie_side_by_side() -> None:
     folder = StageFolder("s3://bucket/runs", "photos", "solo-r1")
     assert folder.url == "s3://bucket/runs/photos/solo-r1"
     assert folder.sibling("solo-r2").url == "s3://bucket/runs/photos/solo-r2"
+
+
+def test_a_run_may_go_on_with_other_workers_and_another_budget(tmp_path: Path) -> None:
+    def made(**changes: object) -> dict[str, object]:
+        loop = {"steps": 10, "batch_size": 4, **{name: changes.pop(name) for name in ("seed",) if name in changes}}
+        stream = {"max_bad_samples": changes.pop("max_bad_samples", 0.0)}
+        raw = {"dataset": "d", "train": {"loop": loop, "stream": stream}, **changes}
+        return what_is_made(parse_config(TrainJob, raw, source="test"))
+
+    assert made(resources={"workers": 2}, tracking={"uri": "off"}, max_bad_samples=0.5) == made()
+    assert made(seed=1) != made()
+    assert made(labels="others") != made()

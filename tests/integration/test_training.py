@@ -1,0 +1,166 @@
+"""Training under Ray Train: workers die, runs are submitted again, and still each sample is used once an epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from freesolo.config import PretrainJob, TrainJob, parse_config
+from freesolo.data.pack import pack
+from freesolo.data.scenes import compose_scenes
+from freesolo.data.shards import read_dataset_manifest, read_shard
+from freesolo.errors import JobError, UsageError
+from freesolo.jobs import pretrain_stage, train_stage
+from freesolo.journal import read_journal
+from freesolo.models.model_file import load_model
+from freesolo.stages import StageFolder
+
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.timeout(600),
+    # Ray Train's own: it uses deprecated calls of itself, and leaves sockets to the garbage collector.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+SCENES = 24
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An annotated data set of 24 scenes in 4 shards."""
+    folder = tmp_path_factory.mktemp("scenes")
+    annotations = compose_scenes(str(folder / "photos"), SCENES, size=96, seed=0)
+    pack(annotations, str(folder / "data"), samples_per_shard=6)
+    return str(folder / "data")
+
+
+def pretrain_job(dataset: str, *, steps: int, workers: int, **loop: object) -> PretrainJob:
+    raw = {
+        "dataset": dataset,
+        "resources": {"workers": workers},
+        "tracking": {"uri": "off"},
+        "pretrain": {
+            "model": {
+                "backbone": "resnet18",
+                "hidden_channels": 32,
+                "projection_channels": 16,
+                "queue_length": 64,
+            },
+            "views": {"size": 32},
+            "optimizer": {"learning_rate": 0.01},
+            "loop": {"steps": steps, "batch_size": 8, "log_every": 1, "record_samples": True, **loop},
+        },
+    }
+    return parse_config(PretrainJob, raw, source="test")
+
+
+def solo_job(dataset: str, *, steps: int, **train: object) -> TrainJob:
+    raw = {
+        "dataset": dataset,
+        "tracking": {"uri": "off"},
+        "train": {
+            "model": {
+                "backbone": "resnet18",
+                "fpn_channels": 32,
+                "tower_channels": 32,
+                "tower_convs": 1,
+                "mask_tower_channels": 32,
+                "kernel_channels": 32,
+                "embedding_channels": 16,
+                "grid_sizes": [8, 6, 4, 3, 2],
+                "scale_ranges": [[1, 24], [12, 48], [24, 96], [48, 192], [96, 512]],
+            },
+            "supervision": "masks",
+            "views": {"short_sides": [64], "strong": False},
+            "optimizer": {"learning_rate": 0.01},
+            "loop": {"steps": steps, "batch_size": 4, "log_every": 1},
+            **train,
+        },
+    }
+    return parse_config(TrainJob, raw, source="test")
+
+
+def samples_of_steps(stage: StageFolder) -> dict[int, list[int]]:
+    """The image ids that each step used, all workers together, as the run wrote them down."""
+    used: dict[int, list[int]] = {}
+    for path in sorted(Path(stage.url, "samples").glob("*.json")):
+        for step, image_ids in json.loads(path.read_text()):
+            used.setdefault(step, []).extend(image_ids)
+    return used
+
+
+def kill_a_train_worker_after(first_checkpoint: Path, killed: list[int]) -> None:
+    """SIGKILL one train worker as soon as there is a checkpoint to go on from."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not killed:
+        if first_checkpoint.exists():
+            for process in psutil.process_iter(["name", "cmdline"]):
+                if "RayTrainWorker" in " ".join(process.info["cmdline"] or ()) + (process.info["name"] or ""):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_costs_no_sample_and_repeats_none(scenes: str, tmp_path: Path) -> None:
+    """Two workers, one SIGKILLed in mid-epoch: 60 steps of 8 are 20 epochs of 24 samples, each sample once in each."""
+    stage = StageFolder(str(tmp_path), "run", "pretrain")
+    job = pretrain_job(scenes, steps=60, workers=2, checkpoint_every=2)
+    killed: list[int] = []
+    # The manager's snapshot is what a restart goes by: it is written once a checkpoint is committed.
+    snapshot = Path(stage.url, "checkpoints", "checkpoint_manager_snapshot.json")
+    killer = threading.Thread(target=kill_a_train_worker_after, args=(snapshot, killed))
+    killer.start()
+    result = pretrain_stage(job, stage)
+    killer.join()
+    assert killed, "no worker was killed: the run was over too soon"
+    assert result.counts == {"images": SCENES, "steps": 60}
+
+    ids = sorted(
+        sample.image_id for shard in read_dataset_manifest(scenes).shards for sample in read_shard(scenes, shard)
+    )
+    used = samples_of_steps(stage)
+    assert sorted(used) == list(range(60))
+    for epoch in range(20):
+        assert sorted(number for step in range(3 * epoch, 3 * epoch + 3) for number in used[step]) == ids, epoch
+    steps = Counter(entry.step for entry in read_journal(stage.url))
+    assert steps == Counter(range(1, 61)), "the journal has each step once"
+    assert load_model(Path(result.outputs["model"]), "backbone").settings == {"backbone": "resnet18"}
+
+    assert pretrain_stage(job, stage) == result, "a finished stage is not done again"
+    with pytest.raises(UsageError, match=r"pretrain.loop.steps: 60, now 61"):
+        pretrain_stage(pretrain_job(scenes, steps=61, workers=2, checkpoint_every=2), stage)
+
+
+def test_solo_trains_on_annotations_and_a_bad_loss_stops_it(scenes: str, tmp_path: Path) -> None:
+    stage = StageFolder(str(tmp_path), "run", "solo")
+    result = train_stage(solo_job(scenes, steps=3), stage)
+    model = load_model(Path(result.outputs["model"]), "segmenter")
+    assert model.lineage["dataset_digest"] == read_dataset_manifest(scenes).digest
+    assert [entry.step for entry in read_journal(stage.url)] == [1, 2, 3]
+
+    # A learning rate that leaves no weight finite: the run ends with an error, and is not started again and again.
+    exploding = solo_job(scenes, steps=8, optimizer={"learning_rate": 1.0e30})
+    started = time.monotonic()
+    with pytest.raises(JobError, match=r"a loss is not finite .*image ids of the batch"):
+        train_stage(exploding, StageFolder(str(tmp_path), "run", "exploding"))
+    assert time.monotonic() - started < 300
+
+
+def test_more_workers_than_the_cluster_holds_are_refused_at_once(scenes: str, tmp_path: Path) -> None:
+    job = pretrain_job(scenes, steps=2, workers=8)
+    with pytest.raises(
+        UsageError, match=r"8 workers of 1 CPUs and 1 CPU for reading data need 9 CPUs, the cluster has 8"
+    ):
+        pretrain_stage(job, StageFolder(str(tmp_path), "run", "pretrain"))
