@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from freesolo.errors import UsageError
 
@@ -20,6 +20,19 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
+
+
+def absolute_url(url: str) -> str:
+    """A relative path made absolute, so that it means the same in every process; anything else as it is."""
+    return url if "://" in url else str(Path(url).absolute())
+
+
+def _absolute_file(reference: str) -> str:
+    return absolute_url(reference) if Path(reference).is_file() else reference
+
+
+Url = Annotated[str, AfterValidator(absolute_url)]  # folder or file: a path or any fsspec URL
+Weights = Annotated[str, AfterValidator(_absolute_file)]  # path, URL, published name or models:/name@alias
 
 
 class Settings(BaseModel):
@@ -92,7 +105,7 @@ class DenseCLModelSettings(Settings):
     """DenseCL (arXiv:2011.09157) sec. 3."""
 
     backbone: Backbone = "resnet50"
-    backbone_weights: str | None = None  # path, URL or models:/name@alias to start from
+    backbone_weights: Weights | None = None  # path, URL or models:/name@alias to start from
     hidden_channels: Positive = 2048
     projection_channels: Positive = 128
     grid_size: Positive | None = None  # adaptive pool of the dense branch to this many cells a side
@@ -245,7 +258,7 @@ class TrainSettings(Settings):
 
     model: SoloModelSettings = SoloModelSettings()
     supervision: Literal["free_masks", "masks"] = "free_masks"
-    initial_weights: str | None = None  # backbone or segmenter: path, URL or models:/name@alias
+    initial_weights: Weights | None = None  # backbone or segmenter: path, URL or models:/name@alias
     freeze_batch_norm: bool = False
     losses: LossSettings = LossSettings()
     views: SegmentationViewSettings = SegmentationViewSettings()
@@ -279,9 +292,9 @@ class Job(Settings):
 class PackJob(Job):
     """`jobs/pack_shards.py`."""
 
-    photos: str  # folder, glob or COCO JSON
-    images: str | None = None  # folder of a COCO JSON's photos; default: beside it
-    dataset: str  # where the shards go
+    photos: Url  # folder, glob or COCO JSON
+    images: Url | None = None  # folder of a COCO JSON's photos; default: beside it
+    dataset: Url  # where the shards go
     samples_per_shard: Positive = 1000
     seed: NonNegative = 0  # of the order of the photos in the shards
     max_bad_samples: Fraction = 0.001
@@ -290,7 +303,7 @@ class PackJob(Job):
 class PretrainJob(Job):
     """`jobs/pretrain_densecl.py`."""
 
-    dataset: str
+    dataset: Url
     pretrain: PretrainSettings
 
     @model_validator(mode="after")
@@ -302,17 +315,17 @@ class PretrainJob(Job):
 class ExtractJob(Job):
     """`jobs/extract_free_masks.py`."""
 
-    dataset: str
-    labels: str  # the label set to write
-    weights: str  # of the backbone: path, URL or models:/name@alias
+    dataset: Url
+    labels: Url  # the label set to write
+    weights: Weights  # of the backbone: path, URL or models:/name@alias
     extract: ExtractSettings = ExtractSettings()
 
 
 class TrainJob(Job):
     """`jobs/train_solo.py`."""
 
-    dataset: str
-    labels: str | None = None  # None: the data set's own annotations
+    dataset: Url
+    labels: Url | None = None  # None: the data set's own annotations
     train: TrainSettings
 
     @model_validator(mode="after")
@@ -324,9 +337,9 @@ class TrainJob(Job):
 class PredictJob(Job):
     """`jobs/predict.py`."""
 
-    dataset: str
-    labels: str  # the label set to write
-    weights: str  # of the segmenter: path, URL or models:/name@alias
+    dataset: Url
+    labels: Url  # the label set to write
+    weights: Weights  # of the segmenter: path, URL or models:/name@alias
     kind: Literal["pseudo-labels", "predictions"] = "pseudo-labels"
     predict: PredictSettings = PredictSettings()
 
@@ -334,17 +347,17 @@ class PredictJob(Job):
 class EvaluateJob(Job):
     """`jobs/evaluate.py`."""
 
-    dataset: str  # annotated
-    labels: dict[str, str]  # a name for each label set to compare, in the order of the table
+    dataset: Url  # annotated
+    labels: dict[str, Url]  # a name for each label set to compare, in the order of the table
     gallery_images: NonNegative = 24
 
 
 class PipelineJob(Job):
     """`jobs/run_pipeline.py`: pretrain, extract, train; `rounds` times label anew and train again; evaluate all."""
 
-    dataset: str
-    evaluation_dataset: str | None = None  # annotated; None: no table, no champion
-    initial_backbone: str | None = None  # extract with these weights instead of pre-training
+    dataset: Url
+    evaluation_dataset: Url | None = None  # annotated; None: no table, no champion
+    initial_backbone: Weights | None = None  # extract with these weights instead of pre-training
     rounds: NonNegative = 1  # of self-training, after the training on Free Masks
     pretrain: PretrainSettings
     extract: ExtractSettings = ExtractSettings()

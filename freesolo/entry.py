@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
-from freesolo.config import Job, load_config
+from freesolo.config import Job, absolute_url, load_config
 from freesolo.errors import JobError, UsageError
 from freesolo.stages import StageFolder, StageResult
 
@@ -48,7 +48,7 @@ def run_job(
 
     def act() -> None:
         job = load_config(job_type, options.config, options.overrides)
-        result = work(job, StageFolder(options.storage, options.run_name, stage))
+        result = work(job, StageFolder(absolute_url(options.storage), options.run_name, stage))
         sys.stdout.write(json.dumps(asdict(result)) + "\n")
 
     return exit_code(act, debug=options.debug)

@@ -23,13 +23,23 @@ def config(tmp_path: Path) -> Path:
 def test_defaults_yaml_and_overrides_come_together(config: Path) -> None:
     job = load_config(TrainJob, config, ["train.loop.steps=20", "resources.workers=2", "labels=free"])
     assert (job.train.loop.steps, job.train.loop.batch_size, job.resources.workers) == (20, 4, 2)
-    assert (job.labels, job.train.losses.mean_projection) == ("free", 0.1)
+    assert (job.labels, job.train.losses.mean_projection) == (str(Path("free").absolute()), 0.1)
 
 
 def test_values_are_yaml(config: Path) -> None:
     overrides = ["train.views.short_sides=[96, 128]", "labels=null", "train.freeze_batch_norm=true"]
     job = load_config(TrainJob, config, overrides)
     assert (job.train.views.short_sides, job.labels, job.train.freeze_batch_norm) == ((96, 128), None, True)
+
+
+def test_relative_paths_are_made_absolute_and_urls_and_names_are_left(config: Path, tmp_path: Path) -> None:
+    """Workers run in folders of their own."""
+    for labels in ("s3://bucket/labels", "memory://labels", "/data/labels"):
+        assert load_config(TrainJob, config, [f"labels={labels}"]).labels == labels
+    for weights in ("models:/solo@champion", "densecl-r50-imagenet", "https://example.org/w.pth"):
+        job = load_config(TrainJob, config, [f"train.initial_weights={weights}"])
+        assert job.train.initial_weights == weights
+    assert load_config(TrainJob, config).dataset == str(Path("photos").absolute())
 
 
 def test_a_dumped_configuration_is_read_back_equal(config: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_shapes():
 
 
 def test_default_sizes_are_the_papers():
-    # A kernel of 256, 512 channels in towers of 4. (A forward pass on the meta device takes ten seconds of imports.)
+    # A kernel of 256, 512 channels in towers of 4.
     with torch.device("meta"):
         network = SoloV2Head(SoloModelSettings())
     assert sum(size * size for size in network.grid_sizes) == 40**2 + 36**2 + 24**2 + 16**2 + 12**2 == 3872
