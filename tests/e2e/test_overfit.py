@@ -87,7 +87,7 @@ def load_batch(photos: list[dict]) -> SegmentationBatch:
 
 
 def train(task: SoloTask, batch: SegmentationBatch) -> None:
-    # SGD, as the papers have it. Of three runs of 150 steps with AdamW two lost one small object for good: its mask went
+    # SGD, as the papers have it. Of three runs of 150 steps with AdamW two lost a small object for good: its mask went
     # empty in the first steps and stayed so, presumably because Dice has next to no slope there.
     optimizer = torch.optim.SGD(task.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
