@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from freesolo.data.pack import pack
@@ -56,11 +57,16 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
                 _wait_for(f"{address}/api/version", process)
                 yield address, environment
             finally:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    process.wait(30)
-                finally:
-                    os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+                _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop the head node: this process and those that it started, no others."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(30)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
