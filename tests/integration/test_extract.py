@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
@@ -261,10 +262,11 @@ def test_two_actors_one_of_them_killed_make_the_same_bytes_as_one(
     def kill_one_actor() -> None:
         wait_for_first_shard(labels)
         for process in psutil.Process().children(recursive=True):
-            if "_LabellingActor" in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(process.pid)
-                return
+            with contextlib.suppress(psutil.NoSuchProcess):  # others come and go meanwhile
+                if "_LabellingActor" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
 
     killer = threading.Thread(target=kill_one_actor)
     killer.start()
