@@ -114,9 +114,9 @@ def kill_a_train_worker_after(first_checkpoint: Path, killed: list[int]) -> None
 
 
 def test_a_killed_worker_costs_no_sample_and_repeats_none(scenes: str, tmp_path: Path) -> None:
-    """Two workers, one SIGKILLed in mid-epoch: 60 steps of 8 are 20 epochs of 24 samples, each sample once in each."""
+    """Two workers, one SIGKILLed in mid-epoch: 30 steps of 8 are 10 epochs of 24 samples, each sample once in each."""
     stage = StageFolder(str(tmp_path), "run", "pretrain")
-    job = pretrain_job(scenes, steps=60, workers=2, checkpoint_every=2)
+    job = pretrain_job(scenes, steps=30, workers=2, checkpoint_every=2)
     killed: list[int] = []
     # The manager's snapshot is what a restart goes by: it is written once a checkpoint is committed.
     snapshot = Path(stage.url, "checkpoints", "checkpoint_manager_snapshot.json")
@@ -125,22 +125,22 @@ def test_a_killed_worker_costs_no_sample_and_repeats_none(scenes: str, tmp_path:
     result = pretrain_stage(job, stage)
     killer.join()
     assert killed, "no worker was killed: the run was over too soon"
-    assert result.counts == {"images": SCENES, "steps": 60}
+    assert result.counts == {"images": SCENES, "steps": 30}
 
     ids = sorted(
         sample.image_id for shard in read_dataset_manifest(scenes).shards for sample in read_shard(scenes, shard)
     )
     used = samples_of_steps(stage)
-    assert sorted(used) == list(range(60))
-    for epoch in range(20):
+    assert sorted(used) == list(range(30))
+    for epoch in range(10):
         assert sorted(number for step in range(3 * epoch, 3 * epoch + 3) for number in used[step]) == ids, epoch
     steps = Counter(entry.step for entry in read_journal(stage.url))
-    assert steps == Counter(range(1, 61)), "the journal has each step once"
+    assert steps == Counter(range(1, 31)), "the journal has each step once"
     assert load_model(Path(result.outputs["model"]), "backbone").settings == {"backbone": "resnet18"}
 
     assert pretrain_stage(job, stage) == result, "a finished stage is not done again"
-    with pytest.raises(UsageError, match=r"pretrain.loop.steps: 60, now 61"):
-        pretrain_stage(pretrain_job(scenes, steps=61, workers=2, checkpoint_every=2), stage)
+    with pytest.raises(UsageError, match=r"pretrain.loop.steps: 30, now 31"):
+        pretrain_stage(pretrain_job(scenes, steps=31, workers=2, checkpoint_every=2), stage)
 
 
 def test_solo_trains_on_annotations_and_a_bad_loss_stops_it(scenes: str, tmp_path: Path) -> None:
