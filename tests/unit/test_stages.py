@@ -56,8 +56,9 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path: Path, finished
 
 def test_tuples_and_lists_are_the_same_settings(tmp_path: Path) -> None:
     folder = StageFolder(str(tmp_path), "run", "train")
-    run_stage(folder, {"sizes": (1, 2)}, lambda: StageResult("train", 0.0))
-    run_stage(folder, {"sizes": [1, 2]}, lambda: StageResult("train", 0.0))
+    first = run_stage(folder, {"sizes": (1, 2)}, lambda: StageResult("train", 1.0))
+    again = run_stage(folder, {"sizes": [1, 2]}, lambda: StageResult("train", 2.0))
+    assert again == first
 
 
 def test_stages_of_a_run_lie_side_by_side() -> None:
