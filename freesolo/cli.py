@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from freesolo.config import InferenceSettings, PredictSettings, TrackingSettings
 from freesolo.data.coco import write_coco
 from freesolo.data.files import join, read_bytes, write_atomic
 from freesolo.data.pack import pack
@@ -22,9 +21,10 @@ from freesolo.inference.segment import SegmentPhotos
 from freesolo.inspection import inspect
 from freesolo.models.weights import PUBLISHED, pull, recorded_sha256
 from freesolo.progress import progress
-from freesolo.registry import resolve_weights
+from freesolo.registry.weights import resolve_weights
 from freesolo.report.pictures import draw_masks, encode_png
-from freesolo.tracking import resolve_server
+from freesolo.settings import InferenceSettings, PredictSettings, TrackingSettings
+from freesolo.tracking.server import resolve_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

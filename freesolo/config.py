@@ -1,7 +1,7 @@
-"""Every setting there is, with its default and its meaning; the only place that reads YAML.
+"""What each job is configured with, and the only place that reads YAML.
 
-A job's YAML states what differs from the defaults here; the command line overrides it with `section.field=value`.
-Models are frozen and strict: unknown keys and wrong types are refused, and the error names the key and the fix.
+A job's YAML states what differs from the defaults (`freesolo.settings`); the command line overrides it with
+`section.field=value`. What is wrong is refused, and the error names the key and the fix.
 """
 
 from __future__ import annotations
@@ -9,275 +9,28 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from freesolo.errors import UsageError
-
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
-
-
-def absolute_url(url: str) -> str:
-    """A relative path made absolute, so that it means the same in every process; anything else as it is."""
-    return url if "://" in url else str(Path(url).absolute())
-
-
-def _absolute_file(reference: str) -> str:
-    return absolute_url(reference) if Path(reference).is_file() else reference
-
-
-Url = Annotated[str, AfterValidator(absolute_url)]  # folder or file: a path or any fsspec URL
-Weights = Annotated[str, AfterValidator(_absolute_file)]  # path, URL, published name or models:/name@alias
-
-
-class Settings(BaseModel):
-    """What all settings share: frozen, strict, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-
-# --- what every job has -------------------------------------------------------------------------------------------
-
-
-class ResourceSettings(Settings):
-    """What a job asks of the Ray cluster."""
-
-    workers: Positive = 1  # train workers, or actors of an extraction pool
-    cpus_per_worker: Positive = 1
-    gpus_per_worker: float = Field(default=0.0, ge=0.0)
-    max_failures: NonNegative = 3  # restarts of the training group after worker loss
-
-
-class TrackingSettings(Settings):
-    """Where runs are witnessed and models are registered."""
-
-    uri: str | None = None  # MLflow's; None: SQLite in the storage folder, or MLFLOW_TRACKING_URI where it is set
-    experiment: str = "freesolo"
-    registered_model: str | None = None  # name in the registry; None: not registered
-
-
-class StreamSettings(Settings):
-    """How training streams a data set."""
-
-    shuffle_window_shards: Positive = 1  # shards whose samples are mixed with one another
-    max_bad_samples: Fraction = 0.001  # share of unreadable samples above which a job stops
-    prefetch_batches: Positive = 2
-
-
-class OptimizerSettings(Settings):
-    """SGD and its schedule."""
-
-    learning_rate: float = Field(gt=0.0)
-    momentum: Fraction = 0.9
-    weight_decay: float = Field(default=1e-4, ge=0.0)
-    warmup_steps: NonNegative = 0
-    warmup_factor: Fraction = 0.01  # the learning rate starts at this share of itself
-    schedule: Literal["constant", "step", "cosine"] = "constant"
-    milestones: tuple[int, ...] = ()  # steps at which `step` multiplies the rate by 0.1
-    gradient_clip_norm: float | None = Field(default=None, gt=0.0)
-
-
-class LoopSettings(Settings):
-    """How long to train and how often to look."""
-
-    steps: Positive
-    batch_size: Positive  # of all workers together, over one optimiser step
-    accumulation_steps: Positive = 1  # backward passes per optimiser step
-    seed: NonNegative = 0
-    log_every: Positive = 10
-    checkpoint_every: Positive = 500
-    keep_checkpoints: Positive = 2
-    overlay_every: NonNegative = 0  # steps between pictures of sample predictions; 0: none
-    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU
-    record_samples: bool = False  # write down which image ids each step used, for audits
-
-
-# --- DenseCL ------------------------------------------------------------------------------------------------------
-
-
-class DenseCLModelSettings(Settings):
-    """DenseCL (arXiv:2011.09157) sec. 3."""
-
-    backbone: Backbone = "resnet50"
-    backbone_weights: Weights | None = None  # path, URL or models:/name@alias to start from
-    hidden_channels: Positive = 2048
-    projection_channels: Positive = 128
-    grid_size: Positive | None = None  # adaptive pool of the dense branch to this many cells a side
-    queue_length: Positive = 65536
-    momentum: Fraction = 0.999
-    temperature: float = Field(default=0.2, gt=0.0)
-    dense_loss_weight: Fraction = 0.5  # lambda; 0 is MoCo v2
-    dense_loss_warmup_steps: NonNegative = 0
-    batch_norm: Literal["shuffle", "sync"] = "shuffle"
-
-
-class ViewSettings(Settings):
-    """MoCo v2's augmentation, each view alone."""
-
-    size: Positive = 224
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    jitter_probability: Fraction = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    grayscale_probability: Fraction = 0.2
-    blur_probability: Fraction = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    flip_probability: Fraction = 0.5
-
-
-class PretrainSettings(Settings):
-    """One DenseCL pre-training."""
-
-    model: DenseCLModelSettings = DenseCLModelSettings()
-    views: ViewSettings = ViewSettings()
-    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=0.3, schedule="cosine")
-    loop: LoopSettings
-    stream: StreamSettings = StreamSettings()
-
-    @model_validator(mode="after")
-    def _queue_divides(self) -> PretrainSettings:
-        if self.model.queue_length % self.loop.batch_size:
-            raise ValueError(
-                f"model.queue_length={self.model.queue_length} is not divisible by loop.batch_size="
-                f"{self.loop.batch_size}: the queue is replaced a whole batch at a time; make it a multiple"
-            )
-        return self
-
-
-# --- Free Mask ----------------------------------------------------------------------------------------------------
-
-
-class FreeMaskSettings(Settings):
-    """Free Mask (arXiv:2202.12181) sec. 3.1, with the released code's filters."""
-
-    short_side: Positive = 800
-    long_side_max: Positive = 1333
-    feature_level: Literal[3, 4, 5] = 5  # which ResNet stage's map: stride 8, 16 or 32
-    query_scales: tuple[float, ...] = (1.0, 0.5, 0.25)
-    mask_threshold: Fraction = 0.5
-    min_maskness: Fraction = 0.7  # after NMS
-    max_instances: Positive = 20
-    nms_sigma: float = Field(default=2.0, gt=0.0)
-    top_border: Fraction = 0.2  # masks centred at or above this share of the height are dropped; 0: none
-    max_width: Fraction = 0.95  # masks on this share of the columns or more are dropped; 1: none
-    embedding_channels: Positive = 128
-
-
-class ExtractSettings(Settings):
-    """One Free Mask extraction."""
-
-    backbone: Backbone = "resnet50"
-    free_mask: FreeMaskSettings = FreeMaskSettings()
-    batch_size: Positive = 8  # images of equal size a forward pass
-    max_bad_samples: Fraction = 0.001
-
-
-# --- SOLO ---------------------------------------------------------------------------------------------------------
-
-
-class SoloModelSettings(Settings):
-    """A ResNet-FPN with a SOLOv2 head (arXiv:2003.10152)."""
-
-    backbone: Backbone = "resnet50"
-    num_categories: Positive = 1  # 1: class-agnostic
-    fpn_channels: Positive = 256
-    tower_channels: Positive = 512  # category and kernel towers
-    tower_convs: Positive = 4
-    mask_tower_channels: Positive = 128
-    kernel_channels: Positive = 256
-    embedding_channels: Positive = 128
-    grid_sizes: tuple[Positive, ...] = (40, 36, 24, 16, 12)
-    strides: tuple[Positive, ...] = (8, 8, 16, 32, 32)
-    scale_ranges: tuple[tuple[float, float], ...] = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
-    centre_sigma: float = Field(default=0.2, gt=0.0)
-
-    @model_validator(mode="after")
-    def _five_levels(self) -> SoloModelSettings:
-        lengths = {len(self.grid_sizes), len(self.strides), len(self.scale_ranges)}
-        if lengths != {5}:
-            raise ValueError("grid_sizes, strides and scale_ranges must each have 5 entries, one a pyramid level")
-        return self
-
-
-class LossSettings(Settings):
-    """Weights of the SOLO losses; the defaults are FreeSOLO's (arXiv:2202.12181) sec. 3.2."""
-
-    category: float = Field(default=1.0, ge=0.0)
-    max_projection: float = Field(default=1.0, ge=0.0)
-    mean_projection: float = Field(default=0.1, ge=0.0)
-    pairwise: float = Field(default=1.0, ge=0.0)
-    pairwise_warmup_steps: NonNegative = 1000
-    pairwise_min_similarity: Fraction = 0.3
-    embedding: float = Field(default=4.0, ge=0.0)
-    dice: float = Field(default=3.0, ge=0.0)  # supervision: masks
-    focal_alpha: Fraction = 0.25
-    focal_gamma: float = Field(default=2.0, ge=0.0)
-
-
-class InferenceSettings(Settings):
-    """SOLOv2's post-processing (arXiv:2003.10152)."""
-
-    min_category_score: Fraction = 0.1
-    mask_threshold: Fraction = 0.5
-    max_before_nms: Positive = 500
-    nms_sigma: float = Field(default=2.0, gt=0.0)
-    min_score: Fraction = 0.05  # after Matrix NMS
-    max_instances: Positive = 100
-
-
-class SegmentationViewSettings(Settings):
-    """FreeSOLO's weak and strong views and copy-paste (arXiv:2202.12181)."""
-
-    short_sides: tuple[Positive, ...] = (640, 672, 704, 736, 768, 800)
-    long_side_max: Positive = 1333
-    size_divisor: Positive = 32
-    flip_probability: Fraction = 0.5
-    strong: bool = True  # train on a strong view beside the weak one
-    jitter_probability: Fraction = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    grayscale_probability: Fraction = 0.2
-    blur_probability: Fraction = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    erasing_probabilities: tuple[float, ...] = (0.7, 0.5, 0.3)
-    copy_paste: bool = True
-
-
-class TrainSettings(Settings):
-    """One SOLO training."""
-
-    model: SoloModelSettings = SoloModelSettings()
-    supervision: Literal["free_masks", "masks"] = "free_masks"
-    initial_weights: Weights | None = None  # backbone or segmenter: path, URL or models:/name@alias
-    freeze_batch_norm: bool = False
-    losses: LossSettings = LossSettings()
-    views: SegmentationViewSettings = SegmentationViewSettings()
-    inference: InferenceSettings = InferenceSettings()
-    optimizer: OptimizerSettings = OptimizerSettings(learning_rate=0.001, warmup_steps=1000, gradient_clip_norm=35.0)
-    loop: LoopSettings
-    stream: StreamSettings = StreamSettings()
-
-
-class PredictSettings(Settings):
-    """One batch inference; the defaults are self-training's (arXiv:2202.12181, sec. 3.2)."""
-
-    short_side: Positive = 800
-    long_side_max: Positive = 1333
-    inference: InferenceSettings = InferenceSettings(min_score=0.3, max_instances=20)
-    max_width: Fraction = 0.95  # masks on this share of the columns or more are dropped; 1: none
-    batch_size: Positive = 8
-    max_bad_samples: Fraction = 0.001
-
+from freesolo.settings import (
+    ExtractSettings,
+    Fraction,
+    InferenceSettings,
+    LoopSettings,
+    NonNegative,
+    Positive,
+    PredictSettings,
+    PretrainSettings,
+    ResourceSettings,
+    Settings,
+    TrackingSettings,
+    TrainSettings,
+    Url,
+    Weights,
+)
 
 # --- jobs: a stage's settings and what they are applied to ----------------------------------------------------------
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
-from freesolo.config import Job, absolute_url, load_config
+from freesolo.config import Job, load_config
 from freesolo.errors import JobError, UsageError
+from freesolo.settings import absolute_url
 from freesolo.stages import StageFolder, StageResult
 
 JobType = TypeVar("JobType", bound=Job)

@@ -19,15 +19,16 @@ from freesolo.data.shards import read_dataset_manifest
 from freesolo.inference.extract import extract_free_masks
 from freesolo.inference.pipeline import LabellingResult
 from freesolo.inference.predict import predict_labels
-from freesolo.journal import Journal
-from freesolo.registry import register_backbone, register_segmenter
+from freesolo.registry.versions import register_backbone, register_segmenter
 from freesolo.run_report import write_report
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
-from freesolo.tracking import read_record, resolve_server
+from freesolo.tracking.journal import Journal
+from freesolo.tracking.record import read_record
+from freesolo.tracking.server import resolve_server
+from freesolo.tracking.witness import TrackedRun, Witness
 from freesolo.train.cluster import connect
 from freesolo.train.pretraining import pretrain
 from freesolo.train.segmentation import train_segmenter
-from freesolo.witness import TrackedRun, Witness
 
 _LOG = logging.getLogger(__name__)
 

@@ -29,12 +29,12 @@ from freesolo.jobs import (
     train_stage,
     witnessed,
 )
-from freesolo.journal import Journal
-from freesolo.registry import promote_if_better
+from freesolo.registry.champion import promote_if_better
 from freesolo.run_report import write_report
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
-from freesolo.tracking import resolve_server
-from freesolo.witness import Witness
+from freesolo.tracking.journal import Journal
+from freesolo.tracking.server import resolve_server
+from freesolo.tracking.witness import Witness
 
 _LOG = logging.getLogger(__name__)
 _SUMMARY = (

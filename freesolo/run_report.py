@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from freesolo.config import Settings, dump_config
+from freesolo.config import dump_config
 from freesolo.data.files import join, write_atomic
 from freesolo.evaluation import Metrics
-from freesolo.journal import read_journal
 from freesolo.provenance import code_version, git_commit
 from freesolo.report.page import render_page
 from freesolo.report.records import Curve, GalleryPhoto, MetricRow, Report, StageSummary
+from freesolo.settings import Settings
 from freesolo.stages import StageFolder, StageResult
+from freesolo.tracking.journal import read_journal
 
 # Which metrics of a training are drawn, and on which axes.
 _CHARTS = {"learning_rate": "Learning rate", "images_per_second": "Images per second", "gradient_norm": "Gradient norm"}

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from freesolo.config import SegmentationViewSettings, ViewSettings
 from freesolo.data.colour import blend, gaussian_blur, grayscale, shift_hue
 from freesolo.ops.images import normalize
+from freesolo.settings import SegmentationViewSettings, ViewSettings
 from freesolo.types import ImageBatch
 
 _ASPECT_RATIOS = (3 / 4, 4 / 3)  # of crops

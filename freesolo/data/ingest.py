@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -111,7 +111,7 @@ class TrainingStream(Generic[Batch]):
     def _rows(self, pieces: Iterator[Piece]) -> Iterator[Row]:
         while chunk := [piece for _, piece in zip(range(PIECES_PER_EXECUTION), pieces, strict=False)]:
             dataset = ray.data.read_datasource(
-                _PieceSource([partial(_read_piece, self, piece) for piece in chunk], [len(piece) for piece in chunk]),
+                Readers([partial(_read_piece, self, piece) for piece in chunk], [len(piece) for piece in chunk]),
                 override_num_blocks=len(chunk),
                 num_cpus=0.5,  # waits for storage; also keeps it from fusing with decoding
             ).map_batches(partial(_view_block, self.view), batch_size=None, batch_format="pyarrow", num_cpus=1)
@@ -121,7 +121,7 @@ class TrainingStream(Generic[Batch]):
                 ):
                     yield from table.to_pylist()
             except RayTaskError as error:
-                raise _cause(error) from None
+                raise cause_of(error) from None
 
     def _collate(self, rows: list[Row]) -> StreamBatch[Batch]:
         bad = tuple(BadSample(row["key"], row["error"]) for row in rows if row["error"])
@@ -170,38 +170,47 @@ def pack_on_cluster(
             try:
                 packed.append(ray.get(done))
             except RayTaskError as error:
-                raise _cause(error) from None
+                raise cause_of(error) from None
             check_skipped(collection, packed, max_bad_samples=max_bad_samples)
             advance(packed[-1].photos)
     return finish_data_set(collection, dataset_url, packed, max_bad_samples=max_bad_samples)
 
 
-def _cause(error: RayTaskError) -> BaseException:
-    """What was raised in a task: an error made for people as it is, any other in Ray's wrapping, with its traceback."""
-    return error.cause if isinstance(error.cause, UsageError | JobError) else error
+class Readers(Datasource):
+    """Tables from functions, each called in a read task of its own, in order."""
 
+    def __init__(self, readers: Sequence[Callable[[], Iterable[pa.Table]]], rows: Sequence[int | None]) -> None:
+        """Plan the read tasks.
 
-class _PieceSource(Datasource):
-    """One read task a piece."""
-
-    def __init__(self, readers: list[partial[Iterator[pa.Table]]], rows: list[int]) -> None:
+        Args:
+            readers: Picklable; each yields tables, a block each.
+            rows: That each reader will yield; None where it is not known.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self._readers = readers
-        self._row_counts = rows
+        self._rows = rows
 
     def get_name(self) -> str:
+        """Shown by Ray's dashboard."""
         return "Shards"
 
     def estimate_inmemory_data_size(self) -> int | None:
+        """Not known: nothing is read to plan."""
         return None
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
+        """One a reader, whatever parallelism Ray proposes."""
         return [
             ReadTask(reader, BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None))
-            for reader, rows in zip(self._readers, self._row_counts, strict=True)
+            for reader, rows in zip(self._readers, self._rows, strict=True)
         ]
+
+
+def cause_of(error: RayTaskError) -> BaseException:
+    """What was raised in a task: an error made for people as it is, any other in Ray's wrapping, with its traceback."""
+    return error.cause if isinstance(error.cause, UsageError | JobError) else error
 
 
 def _read_piece(stream: TrainingStream[Batch], piece: Piece) -> Iterator[pa.Table]:

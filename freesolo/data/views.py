@@ -16,7 +16,6 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch import Tensor
 
-from freesolo.config import SegmentationViewSettings, ViewSettings
 from freesolo.data.augment import random_resized_crop
 from freesolo.data.coco import sample_labels
 from freesolo.data.labels import ImageLabels
@@ -24,6 +23,7 @@ from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import Sample
 from freesolo.ops.images import pad_to_batch, resized_size
 from freesolo.ops.masks import decode_rle, pack_masks, resize_masks_soft, unpack_masks
+from freesolo.settings import SegmentationViewSettings, ViewSettings
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 
 Row = dict[str, Any]

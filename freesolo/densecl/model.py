@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from freesolo.config import DenseCLModelSettings
 from freesolo.densecl.loss import dense_loss, info_nce, match_cells
 from freesolo.errors import UsageError
 from freesolo.models.resnet import ResNet, build_resnet
 from freesolo.ops.collectives import gather_from_all_workers, rank, world_size
+from freesolo.settings import DenseCLModelSettings
 from freesolo.types import ViewPair
 
 

@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from freesolo.config import FreeMaskSettings
 from freesolo.ops.masks import areas, resize_masks_soft
 from freesolo.ops.nms import matrix_nms
+from freesolo.settings import FreeMaskSettings
 
 # Cosine similarities that differ by less are one value and float32's rounding: a mask made of them would be noise.
 _FLAT_SIMILARITY = 1e-5

@@ -18,8 +18,8 @@ from freesolo.inference.pipeline import LabellingJob, LabellingResult, label_pho
 from freesolo.inference.pool import ModelPool
 from freesolo.models.resnet import build_resnet
 from freesolo.models.weights import backbone_state_dict, load_backbone, read_state_dict
-from freesolo.registry import resolve_weights
-from freesolo.tracking import resolve_server
+from freesolo.registry.weights import resolve_weights
+from freesolo.tracking.server import resolve_server
 
 
 def extract_free_masks(job: ExtractJob, *, storage: str) -> LabellingResult:

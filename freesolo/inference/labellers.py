@@ -12,7 +12,6 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from freesolo.config import ExtractSettings, PredictSettings
 from freesolo.data.labels import LabelledInstance
 from freesolo.freemask.algorithm import free_masks
 from freesolo.inference.batches import labelled_instances
@@ -20,6 +19,7 @@ from freesolo.inference.segment import SegmentPhotos, build_segmenter
 from freesolo.models.model_file import ModelFile
 from freesolo.models.resnet import build_resnet
 from freesolo.ops.images import normalize
+from freesolo.settings import ExtractSettings, PredictSettings
 from freesolo.types import ImageBatch
 
 

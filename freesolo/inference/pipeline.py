@@ -17,7 +17,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from freesolo.config import ExtractSettings, PredictSettings, ResourceSettings
 from freesolo.data import files
 from freesolo.data.labels import (
     MANIFEST_NAME,
@@ -37,6 +36,7 @@ from freesolo.errors import JobError
 from freesolo.inference.batches import BatchPlan, Entry
 from freesolo.inference.pool import ModelPool, label_batches
 from freesolo.progress import progress
+from freesolo.settings import ExtractSettings, PredictSettings, ResourceSettings
 
 NAMED_UNREADABLE = 5
 

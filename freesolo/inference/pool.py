@@ -21,17 +21,17 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch
-from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask, TaskPoolStrategy
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from freesolo.config import ResourceSettings
+from freesolo.data.ingest import Readers, cause_of
 from freesolo.data.shards import ShardInfo
-from freesolo.errors import JobError, UsageError
+from freesolo.errors import JobError
 from freesolo.inference.batches import BatchPlan, DecodedBatch, EncodedBatch, Entry, decode_batch, read_batches
 from freesolo.inference.labellers import Labeller, MakeLabeller
 from freesolo.inference.resources import check_cluster
+from freesolo.settings import ResourceSettings
 from freesolo.types import ImageBatch
 
 # A reader waits for storage most of its time; together with one decoder it fits the one CPU that must be left.
@@ -86,9 +86,7 @@ def label_batches(
         with _quiet_loggers(), closing(_rows(dataset)) as rows:
             yield from rows
     except RayTaskError as error:
-        if isinstance(error.cause, (JobError, UsageError)):
-            raise error.cause from None
-        raise
+        raise cause_of(error) from None
 
 
 def reader_count(workers: int, spare_cpus: float) -> int:
@@ -112,7 +110,7 @@ def _stream(
 ) -> Dataset:
     resources = pool.resources
     read = ray.data.read_datasource(
-        _ShardSource(dataset_url, shards, batches),
+        Readers([partial(_read_blocks, dataset_url, shard, batches) for shard in shards], [None] * len(shards)),
         num_cpus=READ_CPUS,
         concurrency=readers,
         override_num_blocks=len(shards),
@@ -172,30 +170,6 @@ def _quiet_loggers() -> Iterator[None]:
     finally:
         for logger, level in before.items():
             logger.setLevel(level)
-
-
-class _ShardSource(Datasource):
-    """One read task a shard."""
-
-    def __init__(self, dataset_url: str, shards: Sequence[ShardInfo], batches: BatchPlan) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._dataset_url = dataset_url
-        self._shards = shards
-        self._batches = batches
-
-    def get_name(self) -> str:
-        return "Shards"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [
-            ReadTask(partial(_read_blocks, self._dataset_url, shard, self._batches), metadata) for shard in self._shards
-        ]
 
 
 def _read_blocks(dataset_url: str, shard: ShardInfo, batches: BatchPlan) -> Iterator[pa.Table]:

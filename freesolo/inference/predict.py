@@ -20,9 +20,9 @@ from freesolo.inference.labellers import SoloLabeller
 from freesolo.inference.pipeline import LabellingJob, LabellingResult, label_photos, plan_settings
 from freesolo.inference.pool import ModelPool
 from freesolo.models.model_file import load_model
-from freesolo.registry import resolve_weights
+from freesolo.registry.weights import resolve_weights
 from freesolo.solo.model import INPUT_DIVISOR
-from freesolo.tracking import resolve_server
+from freesolo.tracking.server import resolve_server
 
 
 def predict_labels(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import ray
 from ray._private.state import state as ray_state
 
-from freesolo.config import ResourceSettings
 from freesolo.errors import UsageError
+from freesolo.settings import ResourceSettings
 
 DATA_CPUS = 1
 """Left beside the actors for reading and decoding; with none Ray Data hangs without a word."""

@@ -12,9 +12,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from freesolo.config import PredictSettings, SoloModelSettings
 from freesolo.models.model_file import ModelFile, load_model
 from freesolo.ops.images import normalize, pad_to_batch, resized_size
+from freesolo.settings import PredictSettings, SoloModelSettings
 from freesolo.solo.model import INPUT_DIVISOR, Segmenter
 from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.types import ImageBatch, Instances

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from freesolo.config import Backbone
+from freesolo.settings import Backbone
 
 Depth = Literal[18, 34, 50, 101]
 

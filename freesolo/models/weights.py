@@ -20,10 +20,10 @@ from urllib.parse import unquote, urlsplit
 import torch
 from torch import Tensor
 
-from freesolo.config import Backbone
 from freesolo.errors import JobError, UsageError
 from freesolo.models.download import Progress, RetryPolicy, download, sha256_of_file
 from freesolo.models.resnet import ResNet
+from freesolo.settings import Backbone
 
 _WRAPPERS = ("", "module.", "model.", "module.model.", "_orig_mod.")
 _ENCODERS = ("", "backbone.", "encoder_q.0.", "encoder_q.", "query.backbone.", "base_encoder.")

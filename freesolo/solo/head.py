@@ -21,8 +21,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from freesolo.config import SoloModelSettings
 from freesolo.models.fpn import Pyramid
+from freesolo.settings import SoloModelSettings
 
 MASK_STRIDE = 4
 """Pixels of the input per pixel of the mask features, each way."""

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from freesolo.config import LossSettings
 from freesolo.ops.affinity import pairwise_affinity_terms
 from freesolo.ops.masks import boxes_xyxy
+from freesolo.settings import LossSettings
 from freesolo.solo.head import MASK_STRIDE, SoloPredictions, SoloV2Head
 from freesolo.solo.targets import count_slots, mask_targets
 from freesolo.types import GridTargets, Instances

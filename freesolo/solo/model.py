@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from freesolo.config import SoloModelSettings
 from freesolo.models.fpn import FPN
 from freesolo.models.resnet import build_resnet
+from freesolo.settings import SoloModelSettings
 from freesolo.solo.head import SoloPredictions, SoloV2Head
 
 INPUT_DIVISOR = 32

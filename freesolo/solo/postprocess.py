@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from freesolo.config import InferenceSettings, SoloModelSettings
 from freesolo.ops.masks import resize_masks_soft
 from freesolo.ops.nms import matrix_nms, point_nms
+from freesolo.settings import InferenceSettings, SoloModelSettings
 from freesolo.solo.head import MASK_STRIDE, SoloPredictions, SoloV2Head
 from freesolo.types import Instances
 

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from freesolo.config import SoloModelSettings
 from freesolo.ops.masks import areas, boxes_xyxy, centre_of_mass
+from freesolo.settings import SoloModelSettings
 from freesolo.types import GridTargets, Instances
 
 REACH = 1

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from freesolo.config import LossSettings, SoloModelSettings
 from freesolo.ops.affinity import colour_similarity
 from freesolo.ops.collectives import sum_over_workers, world_size
 from freesolo.ops.images import normalize
+from freesolo.settings import LossSettings, SoloModelSettings
 from freesolo.solo.head import MASK_STRIDE
 from freesolo.solo.losses import free_mask_losses, mask_losses
 from freesolo.solo.model import Segmenter

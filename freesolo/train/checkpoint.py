@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from freesolo.config import Settings
 from freesolo.data.order import StreamState
 from freesolo.errors import UsageError
+from freesolo.settings import Settings
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress
 

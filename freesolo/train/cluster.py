@@ -7,8 +7,8 @@ import os
 
 import ray
 
-from freesolo.config import ResourceSettings
 from freesolo.errors import UsageError
+from freesolo.settings import ResourceSettings
 
 DATA_CPUS_PER_WORKER = 2
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import ray
 from torch import Tensor
 
-from freesolo.config import TrackingSettings
 from freesolo.models.weights import read_state_dict
-from freesolo.registry import resolve_weights
-from freesolo.tracking import resolve_server
+from freesolo.registry.weights import resolve_weights
+from freesolo.settings import TrackingSettings
+from freesolo.tracking.server import resolve_server
 
 
 @dataclass(frozen=True, slots=True)

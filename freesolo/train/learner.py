@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from freesolo.config import LoopSettings, OptimizerSettings
+from freesolo.settings import LoopSettings, OptimizerSettings
 
 
 @runtime_checkable

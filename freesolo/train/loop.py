@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from freesolo.config import LoopSettings, OptimizerSettings
 from freesolo.data.order import StreamState, advance
 from freesolo.errors import JobError
 from freesolo.ops.collectives import rank, sum_over_workers, world_size
+from freesolo.settings import LoopSettings, OptimizerSettings
 from freesolo.train.learner import Learner
 from freesolo.train.schedule import learning_rate
 

@@ -17,11 +17,11 @@ from freesolo.densecl.model import DenseCL
 from freesolo.models.model_file import save_model
 from freesolo.models.weights import backbone_state_dict, load_backbone
 from freesolo.stages import StageFolder, StageResult
+from freesolo.tracking.witness import TrackedRun
 from freesolo.train.initial import InitialWeights, read_initial_weights
 from freesolo.train.learner import Learner
 from freesolo.train.tasks import DenseCLTraining
 from freesolo.train.worker import Training, TrainingPlan, run_training
-from freesolo.witness import TrackedRun
 
 
 def pretrain(job: PretrainJob, folder: StageFolder, tracked: TrackedRun) -> StageResult:

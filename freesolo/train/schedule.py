@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from freesolo.config import OptimizerSettings
+from freesolo.settings import OptimizerSettings
 
 
 def learning_rate(step: int, settings: OptimizerSettings, steps: int) -> float:

@@ -26,12 +26,12 @@ from freesolo.solo.model import Segmenter
 from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.solo.task import SoloTask
 from freesolo.stages import StageFolder, StageResult
+from freesolo.tracking.witness import TrackedRun
 from freesolo.train.initial import InitialWeights, read_initial_weights
 from freesolo.train.learner import Learner
 from freesolo.train.tasks import SoloTraining
 from freesolo.train.worker import Training, TrainingPlan, run_training
 from freesolo.types import SegmentationBatch
-from freesolo.witness import TrackedRun
 
 PICTURED_IMAGES = 8
 

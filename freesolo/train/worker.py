@@ -20,20 +20,21 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from freesolo.config import Job, LoopSettings, OptimizerSettings, ResourceSettings
+from freesolo.config import Job
 from freesolo.data.files import is_local, join, write_atomic
 from freesolo.data.ingest import TrainingStream, configure_ray_data
 from freesolo.errors import JobError, UsageError
-from freesolo.journal import Journal
 from freesolo.ops.collectives import rank
 from freesolo.progress import progress as show_progress
 from freesolo.provenance import code_version, git_commit
+from freesolo.settings import LoopSettings, OptimizerSettings, ResourceSettings
 from freesolo.stages import StageFolder
+from freesolo.tracking.journal import Journal
+from freesolo.tracking.witness import TrackedRun, Witness
 from freesolo.train.checkpoint import load_checkpoint, save_checkpoint
 from freesolo.train.cluster import data_cpus
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
-from freesolo.witness import TrackedRun, Witness
 
 _LOG = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from freesolo.config import InferenceSettings, LossSettings, SoloModelSettings
 from freesolo.ops.images import normalize, pad_to_batch, resized_size
 from freesolo.ops.masks import decode_rle, encode_rle, rle_from_coco
+from freesolo.settings import InferenceSettings, LossSettings, SoloModelSettings
 from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.solo.task import SoloTask
 from freesolo.types import ImageBatch, Instances, SegmentationBatch

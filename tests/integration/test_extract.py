@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from freesolo.config import ExtractJob, ExtractSettings, FreeMaskSettings, ResourceSettings, TrackingSettings
+from freesolo.config import ExtractJob
 from freesolo.data.labels import LabelManifest, read_label_file, read_label_manifest
 from freesolo.data.shards import (
     DatasetManifest,
@@ -36,6 +36,7 @@ from freesolo.inference.extract import extract_free_masks
 from freesolo.inference.labellers import FreeMaskLabeller
 from freesolo.models.resnet import build_resnet
 from freesolo.models.weights import backbone_state_dict
+from freesolo.settings import ExtractSettings, FreeMaskSettings, ResourceSettings, TrackingSettings
 from freesolo.types import ImageBatch
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]

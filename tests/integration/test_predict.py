@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from freesolo.config import InferenceSettings, PredictJob, PredictSettings, SoloModelSettings, TrackingSettings
+from freesolo.config import PredictJob
 from freesolo.data.labels import ImageLabels, read_label_file, read_label_manifest
 from freesolo.data.shards import (
     DatasetManifest,
@@ -26,6 +26,7 @@ from freesolo.inference.predict import predict_labels
 from freesolo.inference.segment import SegmentPhotos
 from freesolo.models.model_file import save_model
 from freesolo.ops.masks import decode_rle
+from freesolo.settings import InferenceSettings, PredictSettings, SoloModelSettings, TrackingSettings
 from freesolo.solo.model import Segmenter
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]

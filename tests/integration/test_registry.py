@@ -21,27 +21,23 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from freesolo.config import InferenceSettings, PredictSettings, SoloModelSettings, TrackingSettings
 from freesolo.data.files import write_atomic
 from freesolo.data.photos import decode_photo
 from freesolo.errors import JobError, UsageError
 from freesolo.inference.answers import EmbedPhotos
 from freesolo.inference.segment import SegmentPhotos
-from freesolo.journal import Journal
 from freesolo.models.download import sha256_of_file
 from freesolo.models.model_file import load_model, save_model
 from freesolo.models.resnet import build_resnet
 from freesolo.ops.masks import boxes_xywh, decode_rle
-from freesolo.registry import (
-    RegisteredVersion,
-    promote_if_better,
-    register_backbone,
-    register_segmenter,
-    resolve_weights,
-)
+from freesolo.registry.champion import promote_if_better
+from freesolo.registry.versions import RegisteredVersion, register_backbone, register_segmenter
+from freesolo.registry.weights import resolve_weights
+from freesolo.settings import InferenceSettings, PredictSettings, SoloModelSettings, TrackingSettings
 from freesolo.solo.model import Segmenter
-from freesolo.tracking import TrackingServer, resolve_server
-from freesolo.witness import TrackedRun, Witness
+from freesolo.tracking.journal import Journal
+from freesolo.tracking.server import TrackingServer, resolve_server
+from freesolo.tracking.witness import TrackedRun, Witness
 
 pytestmark = [
     # Said when MLflow's database code is imported, of its own code.

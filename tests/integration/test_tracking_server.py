@@ -22,13 +22,17 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from freesolo.config import LoopSettings, PretrainJob, PretrainSettings, TrackingSettings
-from freesolo.journal import Journal, read_journal
+from freesolo.config import PretrainJob
 from freesolo.models.model_file import save_model
 from freesolo.models.resnet import build_resnet
-from freesolo.registry import promote_if_better, register_backbone, resolve_weights
-from freesolo.tracking import TrackingServer, read_record, resolve_server
-from freesolo.witness import TrackedRun, Witness, deliver_later
+from freesolo.registry.champion import promote_if_better
+from freesolo.registry.versions import register_backbone
+from freesolo.registry.weights import resolve_weights
+from freesolo.settings import LoopSettings, PretrainSettings, TrackingSettings
+from freesolo.tracking.journal import Journal, read_journal
+from freesolo.tracking.record import read_record
+from freesolo.tracking.server import TrackingServer, resolve_server
+from freesolo.tracking.witness import TrackedRun, Witness, deliver_later
 
 pytestmark = [
     # Said when `mlflow.pyfunc` is imported, of MLflow's own types.
@@ -202,8 +206,8 @@ def test_a_worker_that_is_killed_is_continued_by_another_process(
     script = f"""
 import os, pickle, sys, tempfile, time
 tempfile.tempdir = {str(tmp_path / "tmp")!r}
-from freesolo.journal import Journal
-from freesolo.witness import Witness
+from freesolo.tracking.journal import Journal
+from freesolo.tracking.witness import Witness
 run = pickle.loads(bytes.fromhex(sys.argv[1]))
 journal = Journal(run.run_url)
 witness = Witness(run, journal)

@@ -19,9 +19,9 @@ from freesolo.data.scenes import compose_scenes
 from freesolo.data.shards import read_dataset_manifest, read_shard
 from freesolo.errors import JobError, UsageError
 from freesolo.jobs import pretrain_stage, train_stage
-from freesolo.journal import read_journal
 from freesolo.models.model_file import load_model
 from freesolo.stages import StageFolder
+from freesolo.tracking.journal import read_journal
 
 pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from freesolo.config import SegmentationViewSettings, ViewSettings
 from freesolo.data.augment import contrastive_view, strong_view
 from freesolo.data.colour import blend, gaussian_blur, shift_hue
 from freesolo.ops.images import IMAGENET_MEAN, IMAGENET_STD
+from freesolo.settings import SegmentationViewSettings, ViewSettings
 from freesolo.types import ImageBatch
 
 Image = list[list[list[float]]]  # rows of pixels of red, green, blue

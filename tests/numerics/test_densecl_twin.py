@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from freesolo.config import DenseCLModelSettings
 from freesolo.densecl.loss import dense_loss, info_nce, match_cells
 from freesolo.densecl.model import DenseCL
 from freesolo.errors import UsageError
 from freesolo.ops.collectives import gather_from_all_workers, rank, sum_over_workers, world_size
+from freesolo.settings import DenseCLModelSettings
 from freesolo.types import ViewPair
 
 Vector = list[float]

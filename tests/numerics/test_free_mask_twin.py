@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from freesolo.config import FreeMaskSettings
 from freesolo.freemask.algorithm import free_masks
+from freesolo.settings import FreeMaskSettings
 
 
 def twin_resize(values: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -13,8 +13,8 @@ from torch import distributed
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from freesolo.config import LossSettings, SoloModelSettings
 from freesolo.models.resnet import freeze_batch_norm
+from freesolo.settings import LossSettings, SoloModelSettings
 from freesolo.solo.task import SoloTask
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from freesolo.config import LossSettings, SoloModelSettings
 from freesolo.ops.affinity import colour_similarity
+from freesolo.settings import LossSettings, SoloModelSettings
 from freesolo.solo.head import SoloPredictions, SoloV2Head
 from freesolo.solo.losses import free_mask_losses, mask_losses
 from freesolo.solo.targets import assign_targets

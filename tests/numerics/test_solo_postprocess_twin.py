@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from freesolo.config import InferenceSettings, SoloModelSettings
+from freesolo.settings import InferenceSettings, SoloModelSettings
 from freesolo.solo import postprocess
 from freesolo.solo.head import SoloPredictions, SoloV2Head
 from freesolo.solo.postprocess import instances_from_predictions

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from freesolo.config import SoloModelSettings
+from freesolo.settings import SoloModelSettings
 from freesolo.solo.targets import assign_targets, mask_targets, slot_capacity
 from freesolo.types import Instances
 

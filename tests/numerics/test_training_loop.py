@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from freesolo.config import LoopSettings, LossSettings, OptimizerSettings, PackJob, SoloModelSettings
+from freesolo.config import PackJob
 from freesolo.data.order import Order, StreamState, worker_pieces
 from freesolo.errors import JobError, UsageError
 from freesolo.ops.collectives import rank
+from freesolo.settings import LoopSettings, LossSettings, OptimizerSettings, SoloModelSettings
 from freesolo.solo.task import SoloTask, concatenate
 from freesolo.train.checkpoint import load_checkpoint, save_checkpoint
 from freesolo.train.learner import Learner

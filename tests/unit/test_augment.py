@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from freesolo.config import SegmentationViewSettings, ViewSettings
 from freesolo.data.augment import contrastive_view, host_generator, random_resized_crop, strong_view
 from freesolo.data.colour import blend, gaussian_blur, grayscale, shift_hue
 from freesolo.ops.images import IMAGENET_MEAN, IMAGENET_STD
+from freesolo.settings import SegmentationViewSettings, ViewSettings
 from freesolo.types import ImageBatch
 
 NOTHING: dict[str, float] = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from freesolo.courier import Courier, Delivery, Refused
-from freesolo.journal import Entry, Journal
-from freesolo.spool import Parcel, Spool
+from freesolo.tracking.courier import Courier, Delivery, Refused
+from freesolo.tracking.journal import Entry, Journal
+from freesolo.tracking.spool import Parcel, Spool
 
 
 class Desk:
@@ -228,7 +228,7 @@ def test_what_is_refused_is_reported_and_takes_nothing_with_it(journal: Journal,
 def test_samples_are_taken_whether_the_recipient_is_there_or_not(
     journal: Journal, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freesolo.courier.SECONDS_BETWEEN_SAMPLES", 0.1)
+    monkeypatch.setattr("freesolo.tracking.courier.SECONDS_BETWEEN_SAMPLES", 0.1)
     desk = Desk()
     desk.away = True
     samples: list[int] = []

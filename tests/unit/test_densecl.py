@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from freesolo.config import DenseCLModelSettings
 from freesolo.densecl.loss import dense_loss, info_nce, match_cells
 from freesolo.densecl.model import DenseCL
 from freesolo.errors import UsageError
 from freesolo.models.weights import backbone_state_dict, load_backbone
+from freesolo.settings import DenseCLModelSettings
 from freesolo.types import ViewPair
 
 QUEUES = ("global_queue", "dense_queue")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from freesolo.config import FreeMaskSettings
 from freesolo.freemask.algorithm import FreeMasks, free_masks
 from freesolo.ops.masks import areas, boxes_xyxy
+from freesolo.settings import FreeMaskSettings
 
 # Filters opened wide, one query scale: what the similarity alone says.
 OPEN = FreeMaskSettings(

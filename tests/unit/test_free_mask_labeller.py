@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from freesolo.config import ExtractSettings, FreeMaskSettings
 from freesolo.freemask.algorithm import free_masks
 from freesolo.inference.labellers import FreeMaskLabeller
 from freesolo.models.resnet import ResNet, build_resnet
 from freesolo.models.weights import backbone_state_dict
 from freesolo.ops.images import normalize
 from freesolo.ops.masks import boxes_xywh, encode_rle
+from freesolo.settings import ExtractSettings, FreeMaskSettings
 from freesolo.types import ImageBatch
 
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from freesolo.config import ExtractSettings, PredictSettings, ResourceSettings
 from freesolo.data.labels import ImageLabels
 from freesolo.data.shards import Sample, ShardError, ShardInfo, shard_name, write_shard
 from freesolo.errors import UsageError
@@ -32,6 +31,7 @@ from freesolo.inference.pipeline import plan_settings
 from freesolo.inference.pool import DECODE_CPUS, READ_CPUS, reader_count
 from freesolo.inference.resources import spare_cpus
 from freesolo.ops.masks import decode_rle
+from freesolo.settings import ExtractSettings, PredictSettings, ResourceSettings
 
 PLAN = BatchPlan(short_side=32, long_side_max=64, batch_size=3)
 

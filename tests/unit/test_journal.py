@@ -9,7 +9,7 @@ import pytest
 
 from freesolo.data.files import join, read_bytes, write_atomic
 from freesolo.errors import JobError
-from freesolo.journal import JOURNAL_NAME, Journal, read_journal
+from freesolo.tracking.journal import JOURNAL_NAME, Journal, read_journal
 
 
 @pytest.fixture(params=["folder", "file", "memory"])

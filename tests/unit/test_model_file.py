@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from freesolo.config import SoloModelSettings
 from freesolo.errors import UsageError
 from freesolo.models.download import sha256_of_file
 from freesolo.models.model_file import load_model, save_model
 from freesolo.models.weights import read_state_dict
+from freesolo.settings import SoloModelSettings
 
 STATE = {"conv.weight": torch.arange(12.0).reshape(3, 4), "bn.num_batches_tracked": torch.tensor(7)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from freesolo.config import OptimizerSettings
+from freesolo.settings import OptimizerSettings
 from freesolo.train.schedule import learning_rate
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from freesolo.config import InferenceSettings, PredictSettings, SoloModelSettings
 from freesolo.errors import UsageError
 from freesolo.inference.segment import SegmentPhotos
 from freesolo.models.model_file import save_model
 from freesolo.ops.images import pad_to_batch
+from freesolo.settings import InferenceSettings, PredictSettings, SoloModelSettings
 from freesolo.solo.model import Segmenter
 from freesolo.types import ImageBatch, Instances
 

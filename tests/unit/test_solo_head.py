@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from freesolo.config import SoloModelSettings
 from freesolo.models.fpn import Pyramid
+from freesolo.settings import SoloModelSettings
 from freesolo.solo.head import SoloPredictions, SoloV2Head, append_coordinates
 from freesolo.solo.model import Segmenter
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from freesolo.config import LossSettings, SoloModelSettings
+from freesolo.settings import LossSettings, SoloModelSettings
 from freesolo.solo import losses as subject
 from freesolo.solo.head import SoloPredictions, SoloV2Head
 from freesolo.solo.losses import (

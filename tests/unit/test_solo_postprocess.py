@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freesolo.config import InferenceSettings, SoloModelSettings
+from freesolo.settings import InferenceSettings, SoloModelSettings
 from freesolo.solo.head import SoloPredictions, SoloV2Head
 from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.types import Instances

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from freesolo.config import SoloModelSettings
+from freesolo.settings import SoloModelSettings
 from freesolo.solo.targets import assign_targets, count_slots, mask_targets, slot_capacity
 from freesolo.types import GridTargets, Instances
 

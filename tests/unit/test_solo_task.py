@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from freesolo.config import LossSettings, SoloModelSettings
 from freesolo.models.resnet import freeze_batch_norm
+from freesolo.settings import LossSettings, SoloModelSettings
 from freesolo.solo.task import SoloTask, concatenate
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from freesolo.spool import Spool
+from freesolo.tracking.spool import Spool
 
 
 def numbers(spool: Spool) -> list[int]:

@@ -20,11 +20,13 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from freesolo.config import LoopSettings, PretrainJob, PretrainSettings, TrackingSettings, load_config
+from freesolo.config import PretrainJob, load_config
 from freesolo.errors import JobError, UsageError
-from freesolo.journal import Journal
-from freesolo.tracking import RECORD_NAME, TrackingServer, explain, read_record, request_limits, resolve_server
-from freesolo.witness import TrackedRun, Witness, deliver_later
+from freesolo.settings import LoopSettings, PretrainSettings, TrackingSettings
+from freesolo.tracking.journal import Journal
+from freesolo.tracking.record import RECORD_NAME, read_record
+from freesolo.tracking.server import TrackingServer, explain, request_limits, resolve_server
+from freesolo.tracking.witness import TrackedRun, Witness, deliver_later
 
 pytestmark = [
     # MLflow's own; said once, when its database code is imported.
@@ -389,7 +391,7 @@ def test_a_full_disk_does_not_stop_the_run(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("freesolo.spool.Spool.put", no_space)
+        patch.setattr("freesolo.tracking.spool.Spool.put", no_space)
         running.witness.text("note.txt", "hello")
     delivery = running.end()
     assert "text could not be kept to be sent: [Errno 28] No space left on device" in str(delivery.reason)

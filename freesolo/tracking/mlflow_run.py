@@ -1,6 +1,6 @@
 """One run on an MLflow server: found again or made, and told what there is to tell.
 
-Everything here may raise or take long; `freesolo.witness` is what a training talks to.
+Everything here may raise or take long; `freesolo.tracking.witness` is what a training talks to.
 """
 
 from __future__ import annotations
@@ -20,19 +20,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from PIL import Image, UnidentifiedImageError
 
-from freesolo.courier import Refused
 from freesolo.errors import JobError
-from freesolo.journal import Entry
-from freesolo.spool import Parcel
-from freesolo.tracking import (
-    RunRecord,
-    experiment_id,
-    is_refusal,
-    one_line,
-    read_record,
-    request_limits,
-    write_record,
-)
+from freesolo.tracking.courier import Refused
+from freesolo.tracking.journal import Entry
+from freesolo.tracking.record import RunRecord, read_record, write_record
+from freesolo.tracking.server import experiment_id, is_refusal, one_line, request_limits
+from freesolo.tracking.spool import Parcel
 
 TOKEN_TAG = "freesolo.token"
 
@@ -42,7 +35,7 @@ _DIGEST_LENGTH = 36  # characters of a data set's digest that MLflow keeps; the 
 
 
 class MlflowRun:
-    """One run on one server, found again or made; a `freesolo.courier.Recipient`."""
+    """One run on one server, found again or made; a `freesolo.tracking.courier.Recipient`."""
 
     def __init__(self, run_url: str, record: RunRecord) -> None:
         """Know a run; nothing is asked of the server yet.

@@ -1,4 +1,4 @@
-"""A model file as MLflow serves it: `freesolo/pyfunc.py`, the weights beside it, what goes in and what comes out."""
+"""A model file as MLflow serves it: the code in `pyfunc.py`, the weights beside it, what goes in and what comes out."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class ServedModel:
                 str(folder),
                 python_model=str(Path(__file__).with_name("pyfunc.py")),
                 artifacts={"model": str(Path(scratch) / MODEL_NAME)},
-                code_paths=[str(Path(__file__).parent)],
+                code_paths=[str(Path(__file__).parents[1])],  # the package
                 model_config=self.config,
                 signature=ModelSignature(inputs=_INPUTS, outputs=_OUTPUTS[self.model.kind]),
                 input_example=pd.DataFrame({"image": [_example_photo()]}),

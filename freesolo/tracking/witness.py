@@ -1,9 +1,9 @@
 """Tells MLflow of a run, as a witness and not as a dependency.
 
-A run's own journal (`freesolo.journal`) is the truth. A `Witness` reads behind it in one background thread, and sends
-what it finds there, and what else it is told, to MLflow. It never blocks or stops the run: while the server is away
-metrics wait in the journal and the rest on this machine's disk, both are tried again, and `close` reports what was not
-delivered.
+A run's own journal (`freesolo.tracking.journal`) is the truth. A `Witness` reads behind it in one background thread,
+and sends what it finds there, and what else it is told, to MLflow. It never blocks or stops the run: while the server
+is away metrics wait in the journal and the rest on this machine's disk, both are tried again, and `close` reports what
+was not delivered.
 
 Which MLflow run belongs to a run of ours stands in `<run_url>/mlflow_run.json`, so that a run that is submitted again
 re-opens the same one. Steps that the server has from before a restart are not sent twice.
@@ -34,14 +34,16 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from freesolo.config import Settings, dump_config
-from freesolo.courier import Courier, Delivery
+from freesolo.config import dump_config
 from freesolo.errors import JobError, UsageError
-from freesolo.journal import Journal
-from freesolo.mlflow_run import MlflowRun
 from freesolo.provenance import git_commit, package_version
-from freesolo.spool import Bulk, Spool
-from freesolo.tracking import RECORD_NAME, RunRecord, TrackingServer, explain, read_record, write_record
+from freesolo.settings import Settings
+from freesolo.tracking.courier import Courier, Delivery
+from freesolo.tracking.journal import Journal
+from freesolo.tracking.mlflow_run import MlflowRun
+from freesolo.tracking.record import RECORD_NAME, RunRecord, read_record, write_record
+from freesolo.tracking.server import TrackingServer, explain
+from freesolo.tracking.spool import Bulk, Spool
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 

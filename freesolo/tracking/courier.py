@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from freesolo.journal import Entry, Journal
-from freesolo.spool import Parcel, Spool
+from freesolo.tracking.journal import Entry, Journal
+from freesolo.tracking.spool import Parcel, Spool
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_SAMPLES = 10.0

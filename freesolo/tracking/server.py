@@ -1,24 +1,21 @@
-"""Where MLflow is, which of its runs is ours, and how to speak with it: bounded requests, errors in words."""
+"""Where MLflow is, and how to speak with it: bounded requests, errors in words."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from freesolo.config import TrackingSettings
-from freesolo.courier import Refused
-from freesolo.data.files import exists, is_local, join, read_bytes, write_atomic
-from freesolo.errors import JobError, UsageError
-
-RECORD_NAME = "mlflow_run.json"
+from freesolo.data.files import is_local, join
+from freesolo.errors import UsageError
+from freesolo.settings import TrackingSettings
+from freesolo.tracking.courier import Refused
 
 # What MLflow says when it will not take something however often it is offered.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
@@ -69,61 +66,6 @@ def resolve_server(settings: TrackingSettings, storage: str) -> TrackingServer |
             "server's http address"
         )
     return TrackingServer(uri, None if scheme in ("http", "https") else join(storage, "mlartifacts"))
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """What `<run_url>/mlflow_run.json` says.
-
-    Attributes:
-        token: Of this run alone, and a tag of the MLflow run: finds it when the answer that gave its id was lost.
-        uri: The tracking server's.
-        artifact_root: As `TrackingServer`.
-        experiment: Of MLflow; made where there is none of that name.
-        name: Shown by MLflow.
-        parent_run_url: Folder of the run that this one is a stage of.
-        run_id: MLflow's; None while the server has not been reached.
-        status: How the run ended; None while it has not.
-    """
-
-    token: str
-    uri: str
-    artifact_root: str | None
-    experiment: str
-    name: str
-    parent_run_url: str | None
-    run_id: str | None = None
-    status: str | None = None
-
-    @property
-    def server(self) -> TrackingServer:
-        """Where the run is."""
-        return TrackingServer(self.uri, self.artifact_root)
-
-
-def read_record(run_url: str) -> RunRecord | None:
-    """The record of a run's MLflow run; None where it has none.
-
-    Raises:
-        UsageError, JobError: As `freesolo.data.files.read_bytes`.
-        JobError: The file is not a record.
-    """
-    url = join(run_url, RECORD_NAME)
-    if not exists(url):
-        return None
-    try:
-        return RunRecord(**json.loads(read_bytes(url)))
-    except (ValueError, TypeError) as error:
-        raise JobError(f"{url}: not a record of an MLflow run; delete it to begin a new MLflow run") from error
-
-
-def write_record(run_url: str, record: RunRecord) -> None:
-    """Put the record of a run's MLflow run in place.
-
-    Raises:
-        UsageError, JobError: As `freesolo.data.files.write_atomic`.
-    """
-    write_atomic(join(run_url, RECORD_NAME), json.dumps(asdict(record), indent=1).encode())
 
 
 @contextmanager
