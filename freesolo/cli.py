@@ -16,15 +16,14 @@ from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.scenes import compose_scenes, demo_photos
 from freesolo.data.sources import find_photos
 from freesolo.entry import exit_code
-from freesolo.errors import JobError
+from freesolo.errors import JobError, UsageError
 from freesolo.inference.segment import SegmentPhotos
 from freesolo.inspection import inspect
 from freesolo.models.weights import PUBLISHED, pull, recorded_sha256
 from freesolo.progress import progress
-from freesolo.registry.weights import resolve_weights
 from freesolo.report.pictures import draw_masks, encode_png
 from freesolo.settings import InferenceSettings, PredictSettings, TrackingSettings
-from freesolo.tracking.server import resolve_server
+from freesolo.stages import stages_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--verify", action="store_true", help="read every byte and compare checksums")
     command.set_defaults(act=_inspect)
 
+    command = commands.add_parser("deliver", parents=[common], help="send MLflow what it missed of an ended run")
+    command.add_argument("run", help="URL of the run; on the machine that it ran on, pictures and files too")
+    command.add_argument("--timeout", type=float, default=60.0, help="seconds to try, for each stage")
+    command.set_defaults(act=_deliver)
+
     exports = commands.add_parser("export", help="into other formats").add_subparsers(required=True, metavar="FORMAT")
     command = exports.add_parser("coco", parents=[common], help="a label set or annotated data set as COCO JSON")
     command.add_argument("url")
@@ -114,6 +118,10 @@ def _demo_data(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    # MLflow takes seconds to import: only the commands that talk to it do.
+    from freesolo.registry.weights import resolve_weights
+    from freesolo.tracking.server import resolve_server
+
     settings = PredictSettings(
         short_side=options.short_side,
         inference=InferenceSettings(min_score=options.min_score),
@@ -138,6 +146,24 @@ def _inspect(options: argparse.Namespace) -> None:
     print(text)
     if not whole:
         raise JobError(f"{options.url}: not whole")
+
+
+def _deliver(options: argparse.Namespace) -> None:
+    from freesolo.tracking.record import read_record
+    from freesolo.tracking.witness import deliver_later
+
+    records = {stage: read_record(join(options.run, stage)) for stage in stages_of(options.run)}
+    # A run before its stages, which name it as their parent.
+    tracked = sorted((record.parent_run_url is not None, stage) for stage, record in records.items() if record)
+    if not tracked:
+        raise UsageError(f"{options.run}: not a run that MLflow was told of; give <storage>/<run name>")
+    undelivered = 0
+    for _, stage in tracked:
+        delivery = deliver_later(join(options.run, stage), timeout=options.timeout)
+        undelivered += delivery.undelivered
+        print(f"{stage}: {delivery}")
+    if undelivered:
+        raise JobError(f"{options.run}: {undelivered} records were not delivered; run the same again")
 
 
 def _export_coco(options: argparse.Namespace) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from freesolo.data.files import exists, join, list_files, read_bytes
+from freesolo.data.files import exists, join, read_bytes
 from freesolo.data.labels import LabelManifest, read_label_manifest
 from freesolo.data.shards import DatasetManifest, ShardError, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
 from freesolo.progress import progress
+from freesolo.stages import stages_of
 
 
 def inspect(url: str, *, verify: bool = False) -> tuple[str, bool]:
@@ -30,14 +31,9 @@ def inspect(url: str, *, verify: bool = False) -> tuple[str, bool]:
         return _describe_label_set(url)
     if exists(join(url, "manifest.json")):
         return _describe_data_set(url, read_dataset_manifest(url), verify=verify)
-    stages = sorted({name.split("/")[0] for name in list_files(url) if name.count("/") == 1 and _is_stage_file(name)})
-    if stages:
+    if stages := stages_of(url):
         return _describe_run(url, stages)
     raise UsageError(f"{url}: neither a data set, nor a label set, nor a run; give the folder that has its manifest")
-
-
-def _is_stage_file(name: str) -> bool:
-    return name.endswith(("/settings.json", "/result.json"))
 
 
 def _describe_data_set(url: str, manifest: DatasetManifest, *, verify: bool) -> tuple[str, bool]:

@@ -151,7 +151,7 @@ def witnessed(job: Job, folder: StageFolder, parent_url: str | None) -> Iterator
         delivery = witness.close(status)
         journal.close()
         if delivery.reason is not None:
-            _LOG.warning("MLflow: %s", delivery)
+            _LOG.warning("MLflow: %s; later: freesolo deliver %s", delivery, folder.run_url)
 
 
 def tell_dataset(witness: Witness, url: str, *, context: str = "training") -> None:

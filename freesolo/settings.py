@@ -51,7 +51,7 @@ class ResourceSettings(Settings):
 class TrackingSettings(Settings):
     """Where runs are witnessed and models are registered."""
 
-    uri: str | None = None  # MLflow's; None: SQLite in the storage folder, or MLFLOW_TRACKING_URI where it is set
+    uri: str | None = None  # MLflow's; None: MLFLOW_TRACKING_URI, or SQLite in the storage folder; "off": no MLflow
     experiment: str = "freesolo"
     registered_model: str | None = None  # name in the registry; None: not registered
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from freesolo.config import Job
-from freesolo.data.files import exists, join, read_bytes, write_atomic
+from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
 from freesolo.errors import UsageError
 
 
@@ -87,6 +87,17 @@ def run_stage(folder: StageFolder, settings: dict[str, Any], work: Callable[[], 
     result = work()
     write_atomic(result_url, json.dumps(asdict(result), indent=1).encode())
     return result
+
+
+def stages_of(run_url: str) -> list[str]:
+    """Names of the stages that were begun in a run's folder, sorted; empty where it is no run's.
+
+    Raises:
+        UsageError, JobError: As `freesolo.data.files.list_files`.
+    """
+    return sorted(
+        {name.split("/")[0] for name in list_files(run_url) if name.endswith("/settings.json") and name.count("/") == 1}
+    )
 
 
 def what_is_made(job: Job) -> dict[str, Any]:

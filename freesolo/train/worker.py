@@ -188,7 +188,7 @@ class _RunRecorder:
             delivery = self._witness.close("FINISHED" if error is None else "FAILED")
             self._journal.close()
             if delivery.reason is not None:
-                _LOG.warning("MLflow: %s", delivery)
+                _LOG.warning("MLflow: %s; later: freesolo deliver %s", delivery, self._plan.folder.run_url)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.last_metrics = values

@@ -20,6 +20,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from freesolo.cli import main
 from freesolo.config import PretrainJob, load_config
 from freesolo.errors import JobError, UsageError
 from freesolo.settings import LoopSettings, PretrainSettings, TrackingSettings
@@ -380,6 +381,43 @@ def test_a_server_that_is_away_is_reported_and_told_later(
     assert artifacts(client, str(record.run_id)) == ["note.txt"]
     assert deliver_later(run.run_url).undelivered == 0
     assert history(client, record.run_id, "loss") == [(0, 1.0)]
+
+
+def test_deliver_sends_a_run_and_its_stages_what_they_missed(
+    start: Callable[..., Running],
+    run: TrackedRun,
+    server: TrackingServer,
+    client: MlflowClient,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    database = Path(run.run_url).parents[1] / "mlflow.db"
+    hidden = database.rename(database.with_suffix(".hidden"))
+    database.mkdir()
+    # The stage's name comes before the run's: it can only be delivered when the run has been.
+    whole = TrackedRun(f"{run.run_url}/pipeline", "nightly", "freesolo", server)
+    stage = TrackedRun(f"{run.run_url}/free-masks", "free-masks", "freesolo", server, whole.run_url)
+    for tracked in (whole, stage):
+        running = start(tracked)
+        running.journal.append(0, {"images": 7.0})
+        assert running.end(timeout=0.5).sent == 0
+        Path(tracked.run_url, "settings.json").write_text("{}")
+    assert main(["deliver", run.run_url, "--timeout", "0.5"]) == 1
+    assert "not delivered" in capsys.readouterr().out
+
+    database.rmdir()
+    hidden.rename(database)
+    assert main(["deliver", run.run_url]) == 0
+    parent, child = (read_record(tracked.run_url) for tracked in (whole, stage))
+    assert parent is not None
+    assert child is not None
+    assert history(client, child.run_id, "images") == [(0, 7.0)]
+    assert client.get_run(str(child.run_id)).data.tags["mlflow.parentRunId"] == parent.run_id
+    assert capsys.readouterr().out.count("records delivered") == 2
+
+
+def test_deliver_names_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deliver", str(tmp_path)]) == 2
+    assert "not a run that MLflow was told of" in capsys.readouterr().err
 
 
 def test_a_full_disk_does_not_stop_the_run(
