@@ -8,7 +8,7 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIN
 SOURCES := freesolo jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-slow lint type format lock clean chromium
+.PHONY: help environment demo test test-slow bench lint type format lock clean chromium
 
 help:  ## What can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ test: $(READY) chromium  ## The tests (about 10 minutes on 2 cores)
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, Free Mask at full size
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=3600 --durations=10
+
+bench: $(READY)  ## Times beside named peers', asserting none (about 5 minutes on 2 cores)
+	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json
 
 lint: $(READY)  ## Format, lint and import layers
 	$(BIN)/ruff format --check $(SOURCES)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from freesolo.data.coco import write_coco
 from freesolo.data.files import join, read_bytes, write_atomic
-from freesolo.data.pack import pack
+from freesolo.data.pack import pack, plan_shards
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.scenes import compose_scenes, demo_photos
 from freesolo.data.sources import find_photos
@@ -42,24 +42,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("photos", help="folder, glob or COCO JSON")
     command.add_argument("dataset", help="URL of the data set to make")
     command.add_argument("--images", help="folder of a COCO JSON's photos; default: beside it")
-    command.add_argument("--samples-per-shard", type=int, default=1000)
+    command.add_argument("--samples-per-shard", type=_positive, default=1000)
     command.add_argument("--seed", type=int, default=0, help="of the order of the photos")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    command.add_argument("--max-bad-samples", type=float, default=0.001, help="share of photos that may be unreadable")
+    command.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes")
+    command.add_argument("--max-bad-samples", type=_share, default=0.001, help="share of photos that may be unreadable")
     command.set_defaults(act=_pack)
 
     command = commands.add_parser("demo-data", parents=[common], help="the demo's photos, and scenes made of them")
     command.add_argument("folder", help="gets unlabelled/ to train on and held-out/ with annotations")
-    command.add_argument("--scenes", type=int, default=320, help="to train on")
-    command.add_argument("--held-out", type=int, default=64, help="scenes to evaluate on")
+    command.add_argument("--scenes", type=_positive, default=320, help="to train on")
+    command.add_argument("--held-out", type=_positive, default=64, help="scenes to evaluate on")
     command.set_defaults(act=_demo_data)
 
     command = commands.add_parser("predict", parents=[common], help="segment one photo and draw what was found")
     command.add_argument("model", help="model file, URL or models:/name@alias")
     command.add_argument("photo", help="path or URL")
     command.add_argument("--out", required=True, help="the picture to write, a PNG")
-    command.add_argument("--short-side", type=int, default=800, help="pixels that the photo is resized to")
-    command.add_argument("--min-score", type=float, default=0.3)
+    command.add_argument("--short-side", type=_positive, default=800, help="pixels that the photo is resized to")
+    command.add_argument("--min-score", type=_share, default=0.3)
     command.add_argument(
         "--storage", default="runs", help="where runs are kept, for models:/ without a tracking server"
     )
@@ -91,8 +91,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return share
+
+
 def _pack(options: argparse.Namespace) -> None:
-    count = len(find_photos(options.photos, images=options.images).photos)
+    found = find_photos(options.photos, images=options.images)
+    plan_shards(found, options.dataset, samples_per_shard=options.samples_per_shard, seed=options.seed)  # may refuse
+    count = len(found.photos)
     with progress("pack", total=count, unit="photos") as advance:
         manifest = pack(
             options.photos,
@@ -127,7 +145,9 @@ def _predict(options: argparse.Namespace) -> None:
         inference=InferenceSettings(min_score=options.min_score),
         max_width=1.0,
     )
-    server = resolve_server(TrackingSettings(uri=options.tracking_uri), options.storage)
+    server = None
+    if options.model.startswith("models:"):
+        server = resolve_server(TrackingSettings(uri=options.tracking_uri), options.storage)
     try:
         photo = decode_photo(read_bytes(options.photo))
     except PhotoError as error:
@@ -137,7 +157,7 @@ def _predict(options: argparse.Namespace) -> None:
         segment = SegmentPhotos.from_file(weights.path, settings)
     (found,) = segment([photo])
     picture = draw_masks(photo, found.masks.numpy(), found.scores.double().numpy())
-    Path(options.out).write_bytes(encode_png(picture))
+    write_atomic(options.out, encode_png(picture))
     print(f"{options.out}: {len(found)} instances")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from freesolo.data.coco import ground_truth, sample_labels
-from freesolo.data.labels import ImageLabels, check_labels_match, read_label_file, read_label_manifest
+from freesolo.data.labels import ImageLabels, read_label_file, read_labels_of
 from freesolo.data.photos import decode_photo
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
@@ -48,14 +48,24 @@ def compare(dataset: str, label_sets: Mapping[str, str], *, gallery_images: int)
     Raises:
         UsageError: The data set has no annotations, or a label set is of another data set.
     """
+    manifest = check_comparable(dataset, label_sets)
+    truth = ground_truth(dataset)
+    rows = {name: evaluate_class_agnostic(truth, _detections(url, manifest)) for name, url in label_sets.items()}
+    return Comparison(manifest.digest, rows, gallery(dataset, label_sets, images=gallery_images))
+
+
+def check_comparable(dataset: str, label_sets: Mapping[str, str]) -> DatasetManifest:
+    """The manifest of a data set that label sets can be evaluated on.
+
+    Raises:
+        UsageError: It has no annotations, or a label set is of another data set.
+    """
     manifest = read_dataset_manifest(dataset)
     if not manifest.annotated:
         raise UsageError(f"{dataset}: has no annotations to evaluate against; pack it from a COCO JSON")
     for url in label_sets.values():
-        check_labels_match(read_label_manifest(url), manifest)
-    truth = ground_truth(dataset)
-    rows = {name: evaluate_class_agnostic(truth, _detections(url, manifest)) for name, url in label_sets.items()}
-    return Comparison(manifest.digest, rows, gallery(dataset, label_sets, images=gallery_images))
+        read_labels_of(url, manifest)
+    return manifest
 
 
 def gallery(dataset: str, label_sets: Mapping[str, str], *, images: int) -> tuple[GalleryPhoto, ...]:

@@ -126,6 +126,23 @@ class PipelineJob(Job):
         _check_batch("train.loop", self.train.loop, self.resources)
         return self
 
+    @model_validator(mode="after")
+    def _stages_fit(self) -> PipelineJob:
+        backbones = {"extract.backbone": self.extract.backbone, "train.model.backbone": self.train.model.backbone}
+        if self.initial_backbone is None:
+            backbones = {"pretrain.model.backbone": self.pretrain.model.backbone, **backbones}
+        embeddings = {
+            "extract.free_mask.embedding_channels": self.extract.free_mask.embedding_channels,
+            "train.model.embedding_channels": self.train.model.embedding_channels,
+        }
+        for settings in (backbones, embeddings):
+            if len(set(settings.values())) > 1:
+                said = ", ".join(f"{key}={value}" for key, value in settings.items())
+                raise ValueError(
+                    f"{said}: must be the same, a stage takes what the one before made; change one of them"
+                )
+        return self
+
 
 def _check_batch(section: str, loop: LoopSettings, resources: ResourceSettings) -> None:
     if loop.batch_size % (resources.workers * loop.accumulation_steps):
@@ -157,7 +174,7 @@ def load_config(job: type[JobType], path: str | Path, overrides: list[str] | tup
         raise UsageError(f"--config {path}: no such file")
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UsageError(f"--config {path}: must be a mapping of settings, is a {type(raw).__name__}")
@@ -175,7 +192,7 @@ def parse_config(job: type[JobType], raw: dict[str, Any], *, source: str) -> Job
         UsageError: Names each key that is wrong, its value and the fix.
     """
     try:
-        return job.model_validate_json(json.dumps(raw))
+        return job.model_validate_json(json.dumps(raw, default=str))  # a date is a text that looks like one
     except ValidationError as error:
         lines = [_explain(job, detail) for detail in error.errors()]
         raise UsageError(f"{source}: " + "; ".join(lines)) from error
@@ -196,7 +213,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise UsageError(f"override {override!r}: {parent} is a value, not a section")
-    section[leaf] = yaml.safe_load(text) if text else None
+    try:
+        section[leaf] = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {override!r}: the value is not valid YAML; put it in quotes") from error
 
 
 def _explain(job: type[Job], detail: Any) -> str:

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TypeVar
@@ -45,7 +46,8 @@ def run_job(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting: section.field=value")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for chatty in ("alembic", "botocore", "aiobotocore", "mlflow.store.db.utils"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
     def act() -> None:
         job = load_config(job_type, options.config, options.overrides)
@@ -60,13 +62,13 @@ def exit_code(act: Callable[[], None], *, debug: bool) -> int:
 
     Args:
         act: What to run.
-        debug: Whether errors made for people show their traceback too.
+        debug: Whether errors made for people show their traceback too, before the line.
     """
     try:
         act()
     except (UsageError, JobError) as error:
         if debug:
-            raise
+            traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, UsageError) else 1
     return 0

@@ -8,17 +8,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from freesolo.comparison import Comparison, as_table, compare
+from freesolo.comparison import Comparison, as_table, check_comparable, compare
 from freesolo.config import EvaluateJob, ExtractJob, Job, PackJob, PredictJob, PretrainJob, TrainJob
 from freesolo.data.files import read_bytes
 from freesolo.data.ingest import pack_on_cluster
-from freesolo.data.shards import read_dataset_manifest
-from freesolo.inference.extract import extract_free_masks
-from freesolo.inference.pipeline import LabellingResult
-from freesolo.inference.predict import predict_labels
+from freesolo.data.pack import ShardTask, plan_shards
+from freesolo.data.shards import DatasetManifest, read_dataset_manifest
+from freesolo.data.sources import PhotoCollection, find_photos
+from freesolo.inference.extract import free_mask_labelling
+from freesolo.inference.pipeline import LabellingJob, LabellingResult, label_photos
+from freesolo.inference.predict import prediction_labelling
 from freesolo.registry.versions import register_backbone, register_segmenter
 from freesolo.run_report import write_report
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
@@ -27,8 +30,8 @@ from freesolo.tracking.record import read_record
 from freesolo.tracking.server import resolve_server
 from freesolo.tracking.witness import TrackedRun, Witness
 from freesolo.train.cluster import connect
-from freesolo.train.pretraining import pretrain
-from freesolo.train.segmentation import train_segmenter
+from freesolo.train.pretraining import PretrainInputs, pretrain, pretrain_inputs
+from freesolo.train.segmentation import SegmenterInputs, segmenter_inputs, train_segmenter
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,60 +39,62 @@ _LOG = logging.getLogger(__name__)
 def pretrain_stage(job: PretrainJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
     """Pre-train a backbone with DenseCL, and register it."""
 
-    def work() -> StageResult:
+    def work(inputs: PretrainInputs) -> StageResult:
         connect(job.resources)
-        result = pretrain(job, folder, _tracked_run(job, folder, parent_url))
+        result = pretrain(job, inputs, folder, _tracked_run(job, folder, parent_url))
         return _with_registration(result, job, folder)
 
-    return run_stage(folder, what_is_made(job), work)
+    return run_stage(folder, what_is_made(job), partial(pretrain_inputs, job, folder.storage), work)
 
 
 def extract_stage(job: ExtractJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
     """Find coarse object masks in every photo of a data set."""
 
-    def work() -> StageResult:
+    def work(labelling: LabellingJob) -> StageResult:
         connect(job.resources)
         with witnessed(job, folder, parent_url) as (witness, journal):
             tell_dataset(witness, job.dataset)
-            return _labelled(folder, job.labels, extract_free_masks(job, storage=folder.storage), journal)
+            return _labelled(folder, job.labels, label_photos(labelling), journal)
 
-    return run_stage(folder, what_is_made(job), work)
+    return run_stage(folder, what_is_made(job), partial(free_mask_labelling, job, storage=folder.storage), work)
 
 
 def train_stage(job: TrainJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
     """Train SOLO on a label set or on a data set's own annotations, and register it."""
 
-    def work() -> StageResult:
+    def work(inputs: SegmenterInputs) -> StageResult:
         connect(job.resources)
-        result = train_segmenter(job, folder, _tracked_run(job, folder, parent_url))
+        result = train_segmenter(job, inputs, folder, _tracked_run(job, folder, parent_url))
         return _with_registration(result, job, folder)
 
-    return run_stage(folder, what_is_made(job), work)
+    return run_stage(folder, what_is_made(job), partial(segmenter_inputs, job, folder.storage), work)
 
 
 def predict_stage(job: PredictJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
     """Segment every photo of a data set: pseudo-labels for a next round, or predictions for their own sake."""
 
-    def work() -> StageResult:
+    def work(labelling: LabellingJob) -> StageResult:
         connect(job.resources)
         with witnessed(job, folder, parent_url) as (witness, journal):
             tell_dataset(witness, job.dataset)
-            result = predict_labels(job, storage=folder.storage, kind=job.kind)
-            return _labelled(folder, job.labels, result, journal)
+            return _labelled(folder, job.labels, label_photos(labelling), journal)
 
-    return run_stage(folder, what_is_made(job), work)
+    return run_stage(
+        folder, what_is_made(job), partial(prediction_labelling, job, storage=folder.storage, kind=job.kind), work
+    )
 
 
 def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
     """Evaluate label sets against a data set's annotations, and write the page that shows them."""
 
-    def work() -> StageResult:
+    def work(_: DatasetManifest) -> StageResult:
         started = time.monotonic()
         with witnessed(job, folder, parent_url) as (witness, journal):
             tell_dataset(witness, job.dataset, context="evaluation")
             comparison = compare(job.dataset, job.labels, gallery_images=job.gallery_images)
             url = write_report(
                 folder,
+                witness,
                 title=folder.run_name,
                 summary=f"{len(job.labels)} label sets of {job.dataset}, compared with its annotations.",
                 stages=(),
@@ -103,23 +108,20 @@ def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None
             metrics = show_comparison(comparison, witness, journal)
             return StageResult(folder.stage, time.monotonic() - started, {"report": url}, metrics=metrics)
 
-    return run_stage(folder, what_is_made(job), work)
+    return run_stage(folder, what_is_made(job), partial(check_comparable, job.dataset, job.labels), work)
 
 
 def pack_stage(job: PackJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
     """Pack photos into the shards that all jobs stream."""
 
-    def work() -> StageResult:
+    def plan() -> tuple[PhotoCollection, list[ShardTask]]:
+        photos = find_photos(job.photos, images=job.images)
+        return photos, plan_shards(photos, job.dataset, samples_per_shard=job.samples_per_shard, seed=job.seed)
+
+    def work(planned: tuple[PhotoCollection, list[ShardTask]]) -> StageResult:
         started = time.monotonic()
         connect(job.resources)
-        manifest = pack_on_cluster(
-            job.photos,
-            job.dataset,
-            images=job.images,
-            samples_per_shard=job.samples_per_shard,
-            seed=job.seed,
-            max_bad_samples=job.max_bad_samples,
-        )
+        manifest = pack_on_cluster(*planned, job.dataset, max_bad_samples=job.max_bad_samples)
         return StageResult(
             stage=folder.stage,
             seconds=time.monotonic() - started,
@@ -127,7 +129,7 @@ def pack_stage(job: PackJob, folder: StageFolder, parent_url: str | None = None)
             counts={"images": manifest.samples, "shards": len(manifest.shards), "skipped": len(manifest.skipped)},
         )
 
-    return run_stage(folder, what_is_made(job), work)
+    return run_stage(folder, what_is_made(job), plan, work)
 
 
 @contextmanager

@@ -13,12 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from freesolo.comparison import compare, gallery
+from freesolo.comparison import check_comparable, compare, gallery
 from freesolo.config import ExtractJob, PipelineJob, PredictJob, PretrainJob, TrainJob
 from freesolo.data.files import join
-from freesolo.data.shards import read_dataset_manifest
+from freesolo.data.shards import check_batch_fits, read_dataset_manifest
 from freesolo.evaluation import Metrics
 from freesolo.jobs import (
     extract_stage,
@@ -47,13 +48,27 @@ _SUMMARY = (
 def pipeline_stage(job: PipelineJob, folder: StageFolder) -> StageResult:
     """Pre-training, Free Masks, SOLO, rounds of self-training, evaluation, report and registry."""
 
-    def work() -> StageResult:
+    def work(_: None) -> StageResult:
         started = time.monotonic()
         with witnessed(job, folder, None) as (witness, journal):
             result = _Pipeline(job, folder).run(witness, journal)
         return replace(result, seconds=time.monotonic() - started)
 
-    return run_stage(folder, what_is_made(job), work)
+    return run_stage(folder, what_is_made(job), partial(_check_data, job), work)
+
+
+def _check_data(job: PipelineJob) -> None:
+    """Refuse at the start what a later stage would refuse hours later.
+
+    Raises:
+        UsageError: A data set is missing, too small for a batch, or has no annotations to evaluate with.
+    """
+    manifest = read_dataset_manifest(job.dataset)
+    if job.initial_backbone is None:
+        check_batch_fits(job.dataset, manifest, "pretrain.loop.batch_size", job.pretrain.loop.batch_size)
+    check_batch_fits(job.dataset, manifest, "train.loop.batch_size", job.train.loop.batch_size)
+    if job.evaluation_dataset is not None:
+        check_comparable(job.evaluation_dataset, {})
 
 
 @dataclass
@@ -159,6 +174,7 @@ class _Pipeline:
             photos = gallery(job.dataset, self.labels, images=job.gallery_images)
         url = write_report(
             self.folder,
+            witness,
             title=self.folder.run_name,
             summary=_SUMMARY,
             stages=self.results,

@@ -13,6 +13,9 @@ from freesolo.report.records import Curve, GalleryPhoto, MetricRow, Report, Stag
 from freesolo.settings import Settings
 from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.journal import read_journal
+from freesolo.tracking.witness import Witness
+
+PAGE = "report/index.html"
 
 # Which metrics of a training are drawn, and on which axes.
 _CHARTS = {"learning_rate": "Learning rate", "images_per_second": "Images per second", "gradient_norm": "Gradient norm"}
@@ -20,6 +23,7 @@ _CHARTS = {"learning_rate": "Learning rate", "images_per_second": "Images per se
 
 def write_report(
     folder: StageFolder,
+    witness: Witness,
     *,
     title: str,
     summary: str,
@@ -31,10 +35,11 @@ def write_report(
     settings: Settings,
     provenance: Mapping[str, str],
 ) -> str:
-    """Write `report/index.html` into a stage's folder.
+    """Write `report/index.html` into a stage's folder, and tell MLflow as an artifact of that name.
 
     Args:
         folder: Of the stage.
+        witness: Of the stage's MLflow run.
         title: The run's name.
         summary: What was run, in words.
         stages: A name for people and what came of it, in the order in which they ran.
@@ -62,8 +67,9 @@ def write_report(
             "Configuration": dump_config(settings),
         },
     )
-    url = join(folder.url, "report", "index.html")
-    write_atomic(url, render_page(report).encode())
+    page, url = render_page(report), join(folder.url, PAGE)
+    write_atomic(url, page.encode())
+    witness.text(PAGE, page)
     return url
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -54,6 +54,11 @@ class TrackingSettings(Settings):
     uri: str | None = None  # MLflow's; None: MLFLOW_TRACKING_URI, or SQLite in the storage folder; "off": no MLflow
     experiment: str = "freesolo"
     registered_model: str | None = None  # name in the registry; None: not registered
+
+    @field_validator("uri", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads an unquoted off as false
 
 
 class StreamSettings(Settings):
@@ -199,6 +204,13 @@ class SoloModelSettings(Settings):
         lengths = {len(self.grid_sizes), len(self.strides), len(self.scale_ranges)}
         if lengths != {5}:
             raise ValueError("grid_sizes, strides and scale_ranges must each have 5 entries, one a pyramid level")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> SoloModelSettings:
+        for name in ("tower_channels", "mask_tower_channels", "kernel_channels"):
+            if getattr(self, name) % 32:
+                raise ValueError(f"{name}={getattr(self, name)} is not divisible by 32, GroupNorm's groups")
         return self
 
 

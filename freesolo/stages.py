@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from freesolo.config import Job
 from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
 from freesolo.errors import UsageError
+
+Inputs = TypeVar("Inputs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,19 @@ class StageResult:
     metrics: dict[str, float | None] = field(default_factory=dict)
 
 
-def run_stage(folder: StageFolder, settings: dict[str, Any], work: Callable[[], StageResult]) -> StageResult:
+def run_stage(
+    folder: StageFolder,
+    settings: dict[str, Any],
+    prepare: Callable[[], Inputs],
+    work: Callable[[Inputs], StageResult],
+) -> StageResult:
     """Do a stage's work, unless it is done already.
 
     Args:
         folder: Of the stage.
         settings: All that determines the result, JSON-able.
+        prepare: Reads what the work starts from, and raises if it cannot be done as asked. Comes before anything is
+            written, so that what was refused can be put right and submitted under the same name.
         work: Does it, going on from what an earlier attempt left in the folder.
 
     Raises:
@@ -83,8 +92,9 @@ def run_stage(folder: StageFolder, settings: dict[str, Any], work: Callable[[], 
             )
     if exists(result_url):
         return StageResult(**json.loads(read_bytes(result_url)))
+    inputs = prepare()
     write_atomic(settings_url, json.dumps(wanted, indent=1).encode())
-    result = work()
+    result = work(inputs)
     write_atomic(result_url, json.dumps(asdict(result), indent=1).encode())
     return result
 

@@ -182,6 +182,8 @@ def open_coco(url: str, categories: Sequence[Mapping[str, Any]] | None = None) -
     """
     if files.exists(files.join(url, "plan.json")):
         return _open_label_set(url, categories)
+    if not files.exists(files.join(url, "manifest.json")):
+        raise UsageError(f"{url}: no data set there, and no label set (no manifest.json); give the folder that has one")
     return _open_data_set(url)
 
 

@@ -15,6 +15,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
+from aiohttp import ClientConnectionError as HttpConnectionError
 from botocore.exceptions import (  # type: ignore[import-untyped]
     BotoCoreError,
     ClientError,
@@ -29,7 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from freesolo.errors import JobError, UsageError
 
 # What a store's library raises when the store, the network or the URL is at fault; the rest is a bug.
-_STORE_ERRORS = (OSError, BotoCoreError, ClientError)
+_STORE_ERRORS = (OSError, BotoCoreError, ClientError, HttpConnectionError)
 _READ_BLOCK = 8 * 2**20
 
 
@@ -76,7 +77,9 @@ def size(url: str) -> int | None:
     with _explained(url):
         try:
             details = store.info(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if isinstance(error.__cause__, HttpConnectionError):  # fsspec takes a server that is away for no file
+                raise error.__cause__ from error
             return None
     return int(details["size"]) if details["type"] == "file" else None
 
@@ -230,7 +233,8 @@ def _explanation(url: str, error: BaseException) -> UsageError | JobError:
         return UnreadableFileError(
             f"{url}: access denied ({_one_line(error)}); check the credentials and the permissions"
         )
-    if isinstance(error, (HTTPClientError, BotoConnectionError, ConnectionError, TimeoutError)):
+    away = (HTTPClientError, BotoConnectionError, HttpConnectionError, ConnectionError, TimeoutError)
+    if isinstance(error, away):
         return JobError(
             f"{url}: the store cannot be reached ({_one_line(error)}); check AWS_ENDPOINT_URL and the network"
         )

@@ -27,9 +27,9 @@ from ray.exceptions import RayTaskError
 
 from freesolo.data.labels import ImageLabels, read_label_file
 from freesolo.data.order import Order, Piece, StreamState, worker_pieces
-from freesolo.data.pack import PackedShard, check_skipped, finish_data_set, pack_shard, plan_shards
+from freesolo.data.pack import PackedShard, ShardTask, check_skipped, finish_data_set, pack_shard
 from freesolo.data.shards import DatasetManifest, Sample, ShardError, read_shard
-from freesolo.data.sources import find_photos
+from freesolo.data.sources import PhotoCollection
 from freesolo.data.views import Row, View
 from freesolo.errors import JobError, UsageError
 from freesolo.progress import progress
@@ -150,17 +150,16 @@ def configure_ray_data(*, cpus: float | None = None) -> None:
 
 
 def pack_on_cluster(
-    photos: str,
-    dataset_url: str,
-    *,
-    images: str | None = None,
-    samples_per_shard: int = 1000,
-    seed: int = 0,
-    max_bad_samples: float = 0.001,
+    collection: PhotoCollection, tasks: Sequence[ShardTask], dataset_url: str, *, max_bad_samples: float
 ) -> DatasetManifest:
-    """Pack photos into a data set, a Ray task a shard; arguments, result and errors are those of `pack.pack`."""
-    collection = find_photos(photos, images=images)
-    tasks = plan_shards(collection, dataset_url, samples_per_shard=samples_per_shard, seed=seed)
+    """Pack photos into a data set, a Ray task a shard; result and errors are those of `pack.pack`.
+
+    Args:
+        collection: The photos.
+        tasks: What `plan_shards` made of them.
+        dataset_url: The data set.
+        max_bad_samples: Share of photos that may be unreadable.
+    """
     pack_remotely = ray.remote(pack_shard)
     waiting = [pack_remotely.remote(task) for task in tasks]
     packed: list[PackedShard] = []

@@ -29,12 +29,14 @@ __all__ = [  # the records are part of what a label set is, wherever they are de
     "LabelPlan",
     "LabelledInstance",
     "begin_label_set",
+    "check_label_set",
     "check_labels_match",
     "finish_label_set",
     "finished_label_files",
     "number_instances",
     "read_label_file",
     "read_label_manifest",
+    "read_labels_of",
     "write_label_file",
 ]
 
@@ -157,13 +159,22 @@ def begin_label_set(url: str, plan: LabelPlan) -> None:
         UsageError: Something else is there: names what differs and what to do.
         JobError: The store cannot be reached.
     """
+    if not check_label_set(url, plan):
+        files.write_atomic(files.join(url, PLAN_NAME), _plan_text(plan).encode())
+
+
+def check_label_set(url: str, plan: LabelPlan) -> bool:
+    """Whether the label set of this plan is at `url`, begun or finished; False where nothing is.
+
+    Raises:
+        UsageError, JobError: As `begin_label_set`.
+    """
     location = files.join(url, PLAN_NAME)
     asked = json.loads(_plan_text(plan))
     if not files.exists(location):
         if files.exists(files.join(url, MANIFEST_NAME)):
             raise UsageError(f"{url}: there is something else already (a {MANIFEST_NAME}); choose another URL")
-        files.write_atomic(location, _plan_text(plan).encode())
-        return
+        return False
     try:
         there = parse_versioned(files.read_bytes(location).decode(errors="replace"), PLAN_FORMAT, FORMAT_VERSION)
     except UsageError as error:
@@ -173,6 +184,7 @@ def begin_label_set(url: str, plan: LabelPlan) -> None:
         raise UsageError(
             f"{url}: a label set made otherwise is there: {'; '.join(different)}; choose another URL for this one"
         )
+    return True
 
 
 def number_instances(shard_name: str, records: Iterable[ImageLabels]) -> list[ImageLabels]:
@@ -293,6 +305,21 @@ def read_label_file(url: str, name: str) -> list[ImageLabels]:
     if not files.exists(location):
         raise LabelFileError(f"{location}: the label file is missing; was the label set made for this data set?")
     return decode_labels(files.read_bytes(location), location)
+
+
+def read_labels_of(url: str, dataset: DatasetManifest) -> LabelManifest:
+    """The manifest of the label set at `url`, which must be of the images of `dataset`.
+
+    Raises:
+        UsageError: As `read_label_manifest`, or the label set was made for another data set.
+        JobError: The store cannot be reached.
+    """
+    labels = read_label_manifest(url)
+    try:
+        check_labels_match(labels, dataset)
+    except UsageError as error:
+        raise UsageError(f"{url}: {error}") from error
+    return labels
 
 
 def check_labels_match(labels: LabelManifest, dataset: DatasetManifest) -> None:

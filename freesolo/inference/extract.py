@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from freesolo.config import ExtractJob
-from freesolo.data.labels import LabelPlan
+from freesolo.data.labels import LabelPlan, check_label_set
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.inference.batches import BatchPlan
 from freesolo.inference.labellers import FreeMaskLabeller
@@ -32,9 +32,22 @@ def extract_free_masks(job: ExtractJob, *, storage: str) -> LabellingResult:
         storage: Where runs are kept; the model registry is looked for there where nothing else names one.
 
     Raises:
-        UsageError: There is no such data set or weights, the weights are another network's, a label set made otherwise
-            is at the URL, or the pool does not fit the cluster.
+        UsageError: As `free_mask_labelling`, or the pool does not fit the cluster.
         JobError: More photos than `extract.max_bad_samples` are unreadable, or a shard was altered.
+    """
+    return label_photos(free_mask_labelling(job, storage=storage))
+
+
+def free_mask_labelling(job: ExtractJob, *, storage: str) -> LabellingJob:
+    """Read what an extraction starts from, and see that it fits; needs no cluster.
+
+    Args:
+        job: What to do.
+        storage: Where runs are kept; the model registry is looked for there where nothing else names one.
+
+    Raises:
+        UsageError: There is no such data set or weights, the weights are another network's, or a label set made
+            otherwise is at the URL.
     """
     settings = job.extract
     dataset = read_dataset_manifest(job.dataset)
@@ -50,15 +63,14 @@ def extract_free_masks(job: ExtractJob, *, storage: str) -> LabellingResult:
         settings=plan_settings(settings, job.resources),
         parent=None,
     )
-    return label_photos(
-        LabellingJob(
-            name="extract",
-            dataset_url=job.dataset,
-            dataset=dataset,
-            labels_url=job.labels,
-            plan=plan,
-            batches=BatchPlan(settings.free_mask.short_side, settings.free_mask.long_side_max, settings.batch_size),
-            pool=ModelPool(partial(FreeMaskLabeller, settings), backbone_state_dict(backbone), job.resources),
-            max_bad_samples=settings.max_bad_samples,
-        )
+    check_label_set(job.labels, plan)
+    return LabellingJob(
+        name="extract",
+        dataset_url=job.dataset,
+        dataset=dataset,
+        labels_url=job.labels,
+        plan=plan,
+        batches=BatchPlan(settings.free_mask.short_side, settings.free_mask.long_side_max, settings.batch_size),
+        pool=ModelPool(partial(FreeMaskLabeller, settings), backbone_state_dict(backbone), job.resources),
+        max_bad_samples=settings.max_bad_samples,
     )

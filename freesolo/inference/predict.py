@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from freesolo.config import PredictJob
-from freesolo.data.labels import LabelPlan
+from freesolo.data.labels import LabelPlan, check_label_set
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.inference.batches import BatchPlan
 from freesolo.inference.labellers import SoloLabeller
@@ -36,6 +36,24 @@ def predict_labels(
 
     Kill it anywhere and call it again: finished shards are not done again, and the label set is the same.
 
+    Arguments are those of `prediction_labelling`.
+
+    Raises:
+        UsageError: As `prediction_labelling`, or the pool does not fit the cluster.
+        JobError: More photos than `predict.max_bad_samples` are unreadable, or a shard was altered.
+    """
+    return label_photos(prediction_labelling(job, storage=storage, kind=kind, parent=parent))
+
+
+def prediction_labelling(
+    job: PredictJob,
+    *,
+    storage: str,
+    kind: Literal["pseudo-labels", "predictions"] = "predictions",
+    parent: str | None = None,
+) -> LabellingJob:
+    """Read what a prediction starts from, and see that it fits; needs no cluster.
+
     Args:
         job: What to do.
         storage: Where runs are kept; the model registry is looked for there where nothing else names one.
@@ -43,9 +61,8 @@ def predict_labels(
         parent: Digest of the label set that the model was trained on; None: as the model's own lineage says.
 
     Raises:
-        UsageError: There is no such data set or model, the weights are no segmenter's, a label set made otherwise is at
-            the URL, or the pool does not fit the cluster.
-        JobError: More photos than `predict.max_bad_samples` are unreadable, or a shard was altered.
+        UsageError: There is no such data set or model, the weights are no segmenter's, or a label set made otherwise is
+            at the URL.
     """
     settings = job.predict
     dataset = read_dataset_manifest(job.dataset)
@@ -60,17 +77,14 @@ def predict_labels(
         settings=plan_settings(settings, job.resources),
         parent=parent or model.lineage.get("labels_digest"),
     )
-    return label_photos(
-        LabellingJob(
-            name="predict",
-            dataset_url=job.dataset,
-            dataset=dataset,
-            labels_url=job.labels,
-            plan=plan,
-            batches=BatchPlan(settings.short_side, settings.long_side_max, settings.batch_size, INPUT_DIVISOR),
-            pool=ModelPool(
-                partial(SoloLabeller, settings, replace(model, state_dict={})), model.state_dict, job.resources
-            ),
-            max_bad_samples=settings.max_bad_samples,
-        )
+    check_label_set(job.labels, plan)
+    return LabellingJob(
+        name="predict",
+        dataset_url=job.dataset,
+        dataset=dataset,
+        labels_url=job.labels,
+        plan=plan,
+        batches=BatchPlan(settings.short_side, settings.long_side_max, settings.batch_size, INPUT_DIVISOR),
+        pool=ModelPool(partial(SoloLabeller, settings, replace(model, state_dict={})), model.state_dict, job.resources),
+        max_bad_samples=settings.max_bad_samples,
     )

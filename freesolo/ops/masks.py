@@ -62,7 +62,8 @@ def mask_iou(first: Bool[Tensor, "N ..."], second: Bool[Tensor, "M ..."]) -> Flo
     switched off, because bfloat16 cannot hold the counts.
     """
     with torch.autocast(device_type=first.device.type, enabled=False):
-        flat_first, flat_second = first.flatten(1).float(), second.flatten(1).float()
+        flat_first = first.flatten(1).float()
+        flat_second = flat_first if second is first else second.flatten(1).float()
         intersection = flat_first @ flat_second.T
         union = flat_first.sum(dim=1)[:, None] + flat_second.sum(dim=1)[None, :] - intersection
         return intersection / union.clamp(min=1.0)
@@ -83,7 +84,7 @@ def encode_rle(masks: Bool[Tensor, "N H W"]) -> list[Rle]:
     if masks.shape[0] == 0:
         return []
     # COCO runs down columns: transposed here, the memory is already the (H, W, N) Fortran order that pycocotools wants.
-    columns_first = masks.transpose(1, 2).to(torch.uint8).contiguous().cpu().numpy()
+    columns_first = masks.view(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     encoded = coco_mask.encode(columns_first.transpose(2, 1, 0))
     return [{"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in encoded]
 

@@ -76,6 +76,12 @@ def _from_registry(reference: str, cache_dir: Path, server: TrackingServer | Non
         raise UsageError(f"{reference}: write models:/name@alias or models:/name/3")
     if server is None:
         raise UsageError(f"{reference}: there is no registry with tracking.uri=off; give a file, or set tracking.uri")
+    database = Path(server.uri.removeprefix("sqlite:///"))
+    if server.uri.startswith("sqlite:///") and not database.is_file():  # asked, MLflow would make one
+        raise UsageError(
+            f"{reference}: no model was ever registered in {database}; give the storage, or the tracking server, where "
+            "one was"
+        )
     name = match["name"]
     with talking_to(server, f"{reference} was not found") as client:
         version = match["version"] or version_of_alias(client, name, match["alias"])

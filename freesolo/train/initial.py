@@ -17,25 +17,40 @@ from freesolo.tracking.server import resolve_server
 
 @dataclass(frozen=True, slots=True)
 class InitialWeights:
-    """A checkpoint's tensors, in the object store.
+    """A checkpoint's tensors, in the driver.
 
     Attributes:
         reference: As the user named it.
-        sha256: Of the file.
         tensors: Its state dict.
     """
 
     reference: str
-    sha256: str
+    tensors: dict[str, Tensor]
+
+    def share(self) -> SharedWeights:
+        """Put them into the object store of the cluster that this process is connected to."""
+        return SharedWeights(self.reference, ray.put(self.tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """A checkpoint's tensors, in the object store.
+
+    Attributes:
+        reference: As the user named it.
+        tensors: Its state dict.
+    """
+
+    reference: str
     tensors: ray.ObjectRef[dict[str, Tensor]]
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def fetch(self) -> InitialWeights:
         """The tensors, in whatever process this is called."""
-        return ray.get(self.tensors)
+        return InitialWeights(self.reference, ray.get(self.tensors))
 
 
 def read_initial_weights(reference: str | None, tracking: TrackingSettings, storage: str) -> InitialWeights | None:
-    """Read the weights that a path, a URL or `models:/name@alias` names; None for none.
+    """Read the weights that a path, a URL or `models:/name@alias` names; None for none. Needs no cluster.
 
     Raises:
         UsageError: There are none of that name, or the file is not a checkpoint.
@@ -44,4 +59,4 @@ def read_initial_weights(reference: str | None, tracking: TrackingSettings, stor
         return None
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve_weights(reference, Path(folder), server=resolve_server(tracking, storage))
-        return InitialWeights(reference, resolved.sha256, ray.put(read_state_dict(resolved.path)))
+        return InitialWeights(reference, read_state_dict(resolved.path))

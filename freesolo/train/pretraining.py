@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,24 +12,58 @@ import torch
 from freesolo.config import PretrainJob
 from freesolo.data.ingest import TrainingStream
 from freesolo.data.order import Order
-from freesolo.data.shards import DatasetManifest, read_dataset_manifest
+from freesolo.data.shards import DatasetManifest, check_batch_fits, read_dataset_manifest
 from freesolo.data.views import ContrastiveView
 from freesolo.densecl.model import DenseCL
 from freesolo.models.model_file import save_model
+from freesolo.models.resnet import build_resnet
 from freesolo.models.weights import backbone_state_dict, load_backbone
 from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.witness import TrackedRun
-from freesolo.train.initial import InitialWeights, read_initial_weights
+from freesolo.train.initial import InitialWeights, SharedWeights, read_initial_weights
 from freesolo.train.learner import Learner
 from freesolo.train.tasks import DenseCLTraining
 from freesolo.train.worker import Training, TrainingPlan, run_training
 
 
-def pretrain(job: PretrainJob, folder: StageFolder, tracked: TrackedRun) -> StageResult:
+@dataclass(frozen=True, slots=True)
+class PretrainInputs:
+    """What a pre-training starts from.
+
+    Attributes:
+        manifest: Of the data set.
+        weights: To start from; None: random ones.
+    """
+
+    manifest: DatasetManifest
+    weights: InitialWeights | None
+
+
+def pretrain_inputs(job: PretrainJob, storage: str) -> PretrainInputs:
+    """Read what a job starts from, and see that it fits; needs no cluster.
+
+    Args:
+        job: What to do.
+        storage: Where runs are kept.
+
+    Raises:
+        UsageError: The data set or the initial weights are not there or don't fit the settings.
+    """
+    manifest = read_dataset_manifest(job.dataset)
+    check_batch_fits(job.dataset, manifest, "pretrain.loop.batch_size", job.pretrain.loop.batch_size)
+    settings = job.pretrain.model
+    weights = read_initial_weights(settings.backbone_weights, job.tracking, storage)
+    if weights is not None:
+        load_backbone(build_resnet(settings.backbone), weights.tensors, source=weights.reference)
+    return PretrainInputs(manifest, weights)
+
+
+def pretrain(job: PretrainJob, inputs: PretrainInputs, folder: StageFolder, tracked: TrackedRun) -> StageResult:
     """Pre-train a backbone on the cluster that this process is connected to.
 
     Args:
         job: What to do.
+        inputs: What `pretrain_inputs` read.
         folder: Where everything goes; what an earlier submission left there is gone on from.
         tracked: The MLflow run of this stage.
 
@@ -36,33 +71,32 @@ def pretrain(job: PretrainJob, folder: StageFolder, tracked: TrackedRun) -> Stag
         `outputs["model"]`: the query backbone, under torchvision's names.
 
     Raises:
-        UsageError: The settings, the data set or the initial weights are not usable.
+        UsageError: The settings are not usable.
         JobError: Training failed.
     """
     started = time.monotonic()
-    manifest = read_dataset_manifest(job.dataset)
-    weights = read_initial_weights(job.pretrain.model.backbone_weights, job.tracking, folder.storage)
-    build = partial(_build, job, manifest, weights)
+    weights = inputs.weights.share() if inputs.weights is not None else None
+    build = partial(_build, job, inputs.manifest, weights)
     plan = TrainingPlan(folder, job, job.pretrain.loop, tracked, build)
     metrics = run_training(plan, job.resources)
     return StageResult(
         stage=folder.stage,
         seconds=time.monotonic() - started,
         outputs={"model": plan.model_url},
-        counts={"images": manifest.samples, "steps": job.pretrain.loop.steps},
+        counts={"images": inputs.manifest.samples, "steps": job.pretrain.loop.steps},
         metrics=dict(metrics),
     )
 
 
 def _build(
-    job: PretrainJob, manifest: DatasetManifest, weights: InitialWeights | None, device: torch.device
+    job: PretrainJob, manifest: DatasetManifest, weights: SharedWeights | None, device: torch.device
 ) -> Training:
     """In a train worker: the model, its optimiser and its stream."""
     settings = job.pretrain
     model = DenseCL(settings.model)
     model.initialise(torch.Generator().manual_seed(settings.loop.seed))
     if weights is not None:
-        load_backbone(model.backbone, weights.state_dict(), source=weights.reference)
+        load_backbone(model.backbone, weights.fetch().tensors, source=weights.reference)
         model.copy_query_to_key()
     stream = TrainingStream(
         dataset_url=job.dataset,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from jaxtyping import UInt8
 
 from freesolo.config import TrainJob
 from freesolo.data.ingest import TrainingStream
-from freesolo.data.labels import LabelManifest, check_labels_match, read_label_manifest
+from freesolo.data.labels import LabelManifest, read_labels_of
 from freesolo.data.order import Order
-from freesolo.data.shards import DatasetManifest, read_dataset_manifest
+from freesolo.data.shards import DatasetManifest, check_batch_fits, read_dataset_manifest
 from freesolo.data.views import SegmentationView
 from freesolo.errors import UsageError
 from freesolo.models.model_file import save_model
@@ -27,7 +28,7 @@ from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.solo.task import SoloTask
 from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.witness import TrackedRun
-from freesolo.train.initial import InitialWeights, read_initial_weights
+from freesolo.train.initial import InitialWeights, SharedWeights, read_initial_weights
 from freesolo.train.learner import Learner
 from freesolo.train.tasks import SoloTraining
 from freesolo.train.worker import Training, TrainingPlan, run_training
@@ -36,11 +37,46 @@ from freesolo.types import SegmentationBatch
 PICTURED_IMAGES = 8
 
 
-def train_segmenter(job: TrainJob, folder: StageFolder, tracked: TrackedRun) -> StageResult:
+@dataclass(frozen=True, slots=True)
+class SegmenterInputs:
+    """What the training of a segmenter starts from.
+
+    Attributes:
+        manifest: Of the data set.
+        labels: Of the label set; None: the data set's own annotations.
+        weights: To start from; None: random ones.
+    """
+
+    manifest: DatasetManifest
+    labels: LabelManifest | None
+    weights: InitialWeights | None
+
+
+def segmenter_inputs(job: TrainJob, storage: str) -> SegmenterInputs:
+    """Read what a job starts from, and see that it fits; needs no cluster.
+
+    Args:
+        job: What to do.
+        storage: Where runs are kept.
+
+    Raises:
+        UsageError: The data set, the labels or the initial weights are not there or don't fit.
+    """
+    manifest = read_dataset_manifest(job.dataset)
+    labels = _matching_labels(job, manifest)
+    check_batch_fits(job.dataset, manifest, "train.loop.batch_size", job.train.loop.batch_size)
+    weights = read_initial_weights(job.train.initial_weights, job.tracking, storage)
+    if weights is not None:
+        _load_weights(Segmenter(job.train.model), weights)
+    return SegmenterInputs(manifest, labels, weights)
+
+
+def train_segmenter(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder, tracked: TrackedRun) -> StageResult:
     """Train a segmenter on the cluster that this process is connected to.
 
     Args:
         job: What to do.
+        inputs: What `segmenter_inputs` read.
         folder: Where everything goes; what an earlier submission left there is gone on from.
         tracked: The MLflow run of this stage.
 
@@ -48,13 +84,12 @@ def train_segmenter(job: TrainJob, folder: StageFolder, tracked: TrackedRun) -> 
         `outputs["model"]`: the segmenter.
 
     Raises:
-        UsageError: The settings, the data set, the labels or the initial weights are not usable or don't fit.
+        UsageError: The settings are not usable.
         JobError: Training failed.
     """
     started = time.monotonic()
-    manifest = read_dataset_manifest(job.dataset)
-    labels = _matching_labels(job, manifest)
-    weights = read_initial_weights(job.train.initial_weights, job.tracking, folder.storage)
+    manifest, labels = inputs.manifest, inputs.labels
+    weights = inputs.weights.share() if inputs.weights is not None else None
     plan = TrainingPlan(folder, job, job.train.loop, tracked, partial(_build, job, manifest, labels, weights))
     metrics = run_training(plan, job.resources)
     counts = {"images": manifest.samples, "steps": job.train.loop.steps}
@@ -74,10 +109,15 @@ def _matching_labels(job: TrainJob, manifest: DatasetManifest) -> LabelManifest 
         if not manifest.annotated:
             raise UsageError(f"labels: {job.dataset} has no annotations of its own; give the URL of a label set")
         return None
-    labels = read_label_manifest(job.labels)
-    check_labels_match(labels, manifest)
+    labels = read_labels_of(job.labels, manifest)
     if labels.instances == 0:
-        raise UsageError(f"labels: {job.labels} holds no instance at all; there is nothing to train on")
+        raise UsageError(f"labels: {job.labels} holds no instance at all: nothing to train on; give another label set")
+    channels = labels.plan.settings.get("free_mask", {}).get("embedding_channels")
+    if channels not in (None, job.train.model.embedding_channels):
+        raise UsageError(
+            f"train.model.embedding_channels={job.train.model.embedding_channels}: the embeddings of {job.labels} have "
+            f"{channels} channels; set it to {channels}"
+        )
     return labels
 
 
@@ -85,7 +125,7 @@ def _build(
     job: TrainJob,
     manifest: DatasetManifest,
     labels: LabelManifest | None,
-    weights: InitialWeights | None,
+    weights: SharedWeights | None,
     device: torch.device,
 ) -> Training:
     """In a train worker: the model, its optimiser and its stream."""
@@ -93,7 +133,7 @@ def _build(
     task = SoloTask(settings.model, settings.supervision, settings.losses)
     task.initialise(torch.Generator().manual_seed(settings.loop.seed))
     if weights is not None:
-        _load_weights(task.segmenter, weights)
+        _load_weights(task.segmenter, weights.fetch())
     if settings.freeze_batch_norm:
         freeze_batch_norm(task.segmenter.backbone)
     stream = TrainingStream(
@@ -120,7 +160,7 @@ def _build(
 
 def _load_weights(segmenter: Segmenter, weights: InitialWeights) -> None:
     """A whole segmenter, or a backbone for it."""
-    tensors = weights.state_dict()
+    tensors = weights.tensors
     if not any(name.startswith("head.") for name in tensors):
         load_backbone(segmenter.backbone, tensors, source=weights.reference)
         return
@@ -128,8 +168,8 @@ def _load_weights(segmenter: Segmenter, weights: InitialWeights) -> None:
         segmenter.load_state_dict(tensors)
     except RuntimeError as error:
         raise UsageError(
-            f"train.initial_weights={weights.reference}: a segmenter of another architecture than train.model: "
-            f"{str(error).splitlines()[-1].strip()}"
+            f"train.initial_weights={weights.reference}: a segmenter of another architecture than train.model "
+            f"({str(error).splitlines()[-1].strip()[:200]}); give train.model its settings, or other weights"
         ) from error
 
 

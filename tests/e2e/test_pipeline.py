@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
+
+from freesolo.data.shards import read_dataset_manifest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)
@@ -73,6 +76,34 @@ def test_the_pipeline_ends_with_a_page_and_registered_models(folder: Path, finis
     assert isinstance(metrics, dict)
     assert metrics["Free_Mask/images"] == 8
     assert 0 <= metrics["SOLO_round_1/segm/AP50"] <= 1
+
+
+def test_mlflow_has_the_run_its_stages_and_their_models(folder: Path, finished: dict[str, object]) -> None:
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("freesolo")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop("smoke")
+    assert set(runs) == {
+        *("pretrain", "free-masks", "solo-r0", "pseudo-labels-r1", "solo-r1"),
+        *("held-out-free-masks", "held-out-solo-r0", "held-out-solo-r1"),
+    }
+    assert {run.info.status for run in [parent, *runs.values()]} == {"FINISHED"}
+    for name, child in runs.items():
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        data = "data/held-out" if name.startswith("held-out") else "data/train"
+        told = {tag.key: tag.value for tag in child.inputs.dataset_inputs[0].tags}
+        assert told["digest"] == read_dataset_manifest(str(folder / data)).digest, name
+        assert child.data.params["dataset"] == str(folder / data)
+    kept = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"config.yaml", "metrics.md", "report"} <= kept
+    assert [file.path for file in client.list_artifacts(parent.info.run_id, "report")] == ["report/index.html"]
+    trained = runs["solo-r1"].info.run_id
+    assert len(client.get_metric_history(trained, "loss")) == 4
+    assert any(file.path.endswith(".png") for file in client.list_artifacts(trained, "images")), "no overlays"
+    versions = client.search_model_versions("name = 'freesolo-smoke'")
+    assert {version.run_id for version in versions} == {runs["solo-r0"].info.run_id, trained}
+    assert set(client.get_registered_model("freesolo-smoke").aliases) == {"candidate", "champion"}
 
 
 def test_a_finished_run_is_not_done_again(folder: Path, finished: dict[str, object]) -> None:

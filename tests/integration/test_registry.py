@@ -39,15 +39,6 @@ from freesolo.tracking.journal import Journal
 from freesolo.tracking.server import TrackingServer, resolve_server
 from freesolo.tracking.witness import TrackedRun, Witness
 
-pytestmark = [
-    # Said when MLflow's database code is imported, of its own code.
-    pytest.mark.filterwarnings(
-        "ignore:The ``noload`` loader:sqlalchemy.exc.SADeprecationWarning:mlflow.store.tracking.sqlalchemy_store"
-    ),
-    # Said when `mlflow.pyfunc` is imported, of MLflow's own types.
-    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning:mlflow.utils.warnings_utils"),
-]
-
 TINY = SoloModelSettings(
     backbone="resnet18",
     num_categories=2,

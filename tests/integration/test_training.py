@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from freesolo.config import PretrainJob, TrainJob, parse_config
 from freesolo.data.pack import pack
@@ -113,7 +114,7 @@ def kill_a_train_worker_after(first_checkpoint: Path, killed: list[int]) -> None
         time.sleep(0.02)
 
 
-def test_a_killed_worker_costs_no_sample_and_repeats_none(scenes: str, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_no_sample_repeats_none_and_changes_no_bit(scenes: str, tmp_path: Path) -> None:
     """Two workers, one SIGKILLed in mid-epoch: 30 steps of 8 are 10 epochs of 24 samples, each sample once in each."""
     stage = StageFolder(str(tmp_path), "run", "pretrain")
     job = pretrain_job(scenes, steps=30, workers=2, checkpoint_every=2)
@@ -136,7 +137,12 @@ def test_a_killed_worker_costs_no_sample_and_repeats_none(scenes: str, tmp_path:
         assert sorted(number for step in range(3 * epoch, 3 * epoch + 3) for number in used[step]) == ids, epoch
     steps = Counter(entry.step for entry in read_journal(stage.url))
     assert steps == Counter(range(1, 31)), "the journal has each step once"
-    assert load_model(Path(result.outputs["model"]), "backbone").settings == {"backbone": "resnet18"}
+    model = load_model(Path(result.outputs["model"]), "backbone")
+    assert model.settings == {"backbone": "resnet18"}
+    undisturbed = pretrain_stage(job, StageFolder(str(tmp_path), "undisturbed", "pretrain"))
+    expected = load_model(Path(undisturbed.outputs["model"]), "backbone").state_dict
+    for name, tensor in model.state_dict.items():
+        assert torch.equal(tensor, expected[name]), f"{name} differs from an undisturbed run's"
 
     assert pretrain_stage(job, stage) == result, "a finished stage is not done again"
     with pytest.raises(UsageError, match=r"pretrain.loop.steps: 30, now 31"):

@@ -60,6 +60,8 @@ def test_a_dumped_configuration_is_read_back_equal(config: Path, tmp_path: Path)
         ("train.loop", "write section.field=value"),
         ("dataset.name=x", "dataset is a value, not a section"),
         ("resources=3", r"resources=3"),
+        ("train.loop.steps=[", r"'train.loop.steps=\['.* not valid YAML"),
+        ("train.model.kernel_channels=48", r"kernel_channels=48 is not divisible by 32"),
     ],
 )
 def test_what_is_wrong_is_named(config: Path, override: str, message: str) -> None:
@@ -108,3 +110,29 @@ def test_a_pipeline_checks_each_of_its_stages() -> None:
     }
     with pytest.raises(UsageError, match=r"train.loop.batch_size=3 .* 2 workers"):
         parse_config(PipelineJob, raw, source="here")
+
+
+def test_a_pipeline_refuses_stages_that_cannot_use_one_anothers_models() -> None:
+    raw = {
+        "dataset": "d",
+        "pretrain": {"model": {"backbone": "resnet18", "queue_length": 64}, "loop": {"steps": 1, "batch_size": 32}},
+        "extract": {"backbone": "resnet18"},
+        "train": {"model": {"backbone": "resnet18"}, "loop": {"steps": 1, "batch_size": 4}},
+    }
+    parse_config(PipelineJob, raw, source="here")
+    with pytest.raises(UsageError, match=r"pretrain.model.backbone=resnet18, extract.backbone=resnet50, .* the same"):
+        parse_config(PipelineJob, raw | {"extract": {}}, source="here")
+    narrow = {"backbone": "resnet18", "free_mask": {"embedding_channels": 16}}
+    with pytest.raises(
+        UsageError, match=r"embedding_channels=16, train.model.embedding_channels=128: must be the same"
+    ):
+        parse_config(PipelineJob, raw | {"extract": narrow}, source="here")
+    given = {"initial_backbone": "models:/b@champion", "pretrain": {"loop": {"steps": 1, "batch_size": 32}}}
+    assert parse_config(PipelineJob, raw | given, source="here").pretrain.model.backbone == "resnet50"
+
+
+def test_what_yaml_makes_of_words(config: Path) -> None:
+    """`off` is false to YAML, and 2026-01-31 a date."""
+    job = load_config(TrainJob, config, ["tracking.uri=off", "dataset=2026-01-31"])
+    assert job.tracking.uri == "off"
+    assert job.dataset == str(Path("2026-01-31").absolute())

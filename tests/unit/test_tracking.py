@@ -29,13 +29,6 @@ from freesolo.tracking.record import RECORD_NAME, read_record
 from freesolo.tracking.server import TrackingServer, explain, request_limits, resolve_server
 from freesolo.tracking.witness import TrackedRun, Witness, deliver_later
 
-pytestmark = [
-    # MLflow's own; said once, when its database code is imported.
-    pytest.mark.filterwarnings(
-        "ignore:The ``noload`` loader:sqlalchemy.exc.SADeprecationWarning:mlflow.store.tracking.sqlalchemy_store"
-    ),
-]
-
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,0 +1,139 @@
+"""The benchmarks' clockwork, by hand arithmetic; and that each peer gives our answer, at tiny sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from rich.console import Console
+
+from freesolo.ops.masks import boxes_xywh
+from tests.benchmarks import free_mask, matrix_nms, solo_targets_and_losses
+from tests.benchmarks.__main__ import main
+from tests.benchmarks.measure import Benchmark, Case, Comparison, Measurement, as_json, compare, table
+from tests.benchmarks.synthetic import ellipses
+
+
+@dataclass
+class FakeWork:
+    """A clock, and work that moves it and writes down whose turn it was."""
+
+    now: float = 0.0
+    turns: list[str] = field(default_factory=list)
+
+    def clock(self) -> float:
+        return self.now
+
+    def work(self, name: str, seconds: Iterator[float], answer: int) -> int:
+        self.turns.append(name)
+        self.now += next(seconds)
+        return answer
+
+
+def assert_equal(ours: int, peer: int) -> None:
+    assert ours == peer
+
+
+def fake_case(fake: FakeWork, ours: list[float], peer: list[float], answers: tuple[int, int] = (7, 7)) -> Case:
+    """Each side's first call, the check's, takes the first of its seconds."""
+    ours_seconds, peer_seconds = iter(ours), iter(peer)
+    return Case(
+        name="sums",
+        peer_name="an abacus",
+        ours=lambda: fake.work("ours", ours_seconds, answers[0]),
+        peer=lambda: fake.work("peer", peer_seconds, answers[1]),
+        assert_equal=assert_equal,
+    )
+
+
+def test_sides_take_turns_and_the_check_is_not_timed():
+    fake = FakeWork()
+    case = fake_case(fake, ours=[100.0, 2.0, 4.0, 1.0], peer=[100.0, 6.0, 4.0, 8.0])
+    comparison = compare(case, repeats=3, clock=fake.clock)
+    check, repeats = ["ours", "peer"], ["ours", "peer", "peer", "ours", "ours", "peer"]
+    assert fake.turns == check + repeats
+    assert comparison == Comparison("sums", "an abacus", Measurement((2.0, 4.0, 1.0)), Measurement((6.0, 4.0, 8.0)))
+    assert comparison.ours.median == 2.0
+    assert comparison.peer.median == 6.0
+    assert comparison.ratios == (3.0, 1.0, 8.0)
+
+
+def test_different_answers_are_not_timed():
+    fake = FakeWork()
+    case = fake_case(fake, ours=[1.0], peer=[1.0], answers=(7, 8))
+    with pytest.raises(AssertionError):
+        compare(case, repeats=1, clock=fake.clock)
+    assert fake.turns == ["ours", "peer"]
+
+
+# Ratios 4, 1 and 6. Their median is 4; the ratio of the medians, 6 / 2, would be 3.
+COMPARISON = Comparison("sums", "an abacus", Measurement((2.0, 4.0, 1.0)), Measurement((8.0, 4.0, 6.0)))
+BENCHMARK = Benchmark(name="arithmetic", inputs="numbers", cases=tuple)
+
+
+def printed(comparison: Comparison) -> str:
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table(BENCHMARK, [comparison]))
+    return capture.get()
+
+
+def test_the_table_says_medians_and_spread():
+    text = printed(COMPARISON)
+    assert "arithmetic: numbers" in text
+    for cell in ("sums", "an abacus", " 3 ", "2,000 ms", "6,000 ms", "4.00", "(1.00 to 6.00)"):
+        assert cell in text
+
+
+def test_short_times_have_a_decimal():
+    text = printed(Comparison("sums", "an abacus", Measurement((0.01234,)), Measurement((0.1,))))
+    assert "12.3 ms" in text
+    assert "100 ms" in text
+
+
+def test_json_has_every_repeat():
+    written = json.loads(json.dumps(as_json(BENCHMARK, [COMPARISON])))
+    assert written["name"] == "arithmetic"
+    assert written["inputs"] == "numbers"
+    (case,) = written["cases"]
+    assert case == {
+        "name": "sums",
+        "peer": "an abacus",
+        "ours_seconds": [2.0, 4.0, 1.0],
+        "peer_seconds": [8.0, 4.0, 6.0],
+        "ratio": {"median": 4.0, "lowest": 1.0, "highest": 6.0},
+    }
+
+
+@pytest.mark.parametrize("arguments", [["no-such"], ["matrix_nms", "--repeats", "0"]])
+def test_wrong_use_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert arguments[-1] in capsys.readouterr().err
+
+
+def test_drawn_objects_are_of_the_sizes_asked_for():
+    masks = ellipses(30, 60, 80, torch.Generator().manual_seed(0), smallest=8, largest=50)
+    _, _, widths, heights = boxes_xywh(masks).unbind(dim=1)
+    for sides in (widths, heights):
+        assert sides.min() >= 7  # a side of 8 px may miss the centres of the pixels at both ends
+        assert sides.max() <= 50
+    with pytest.raises(ValueError, match="61 px does not fit"):
+        ellipses(1, 60, 80, torch.Generator(), smallest=8, largest=61)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *solo_targets_and_losses.cases(solo_targets_and_losses.TINY),
+        *free_mask.cases(channels=64, map_size=(10, 14), photo_size=(60, 80)),
+        *matrix_nms.cases(objects=4, masks_per_object=5, height=20, width=30),
+    ],
+    ids=lambda case: case.name,
+)
+def test_the_peer_gives_our_answer(case: Case):
+    case.check()
