@@ -192,7 +192,8 @@ def parse_config(job: type[JobType], raw: dict[str, Any], *, source: str) -> Job
         UsageError: Names each key that is wrong, its value and the fix.
     """
     try:
-        return job.model_validate_json(json.dumps(raw, default=str))  # a date is a text that looks like one
+        text = json.dumps(_over_defaults(job, raw), default=str)  # a date is a text that looks like one
+        return job.model_validate_json(text)
     except ValidationError as error:
         lines = [_explain(job, detail) for detail in error.errors()]
         raise UsageError(f"{source}: " + "; ".join(lines)) from error
@@ -201,6 +202,27 @@ def parse_config(job: type[JobType], raw: dict[str, Any], *, source: str) -> Job
 def dump_config(settings: Settings) -> str:
     """The resolved settings as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def _over_defaults(model: type[Settings], raw: dict[str, Any]) -> dict[str, Any]:
+    """The settings given, completed section by section with the section's default in this very place.
+
+    Else a section of which one setting is given would take the rest from its class, not from where it is used.
+    """
+    completed = dict(raw)
+    for name, field in model.model_fields.items():
+        kind, section = field.annotation, raw.get(name)
+        if isinstance(section, dict) and isinstance(kind, type) and issubclass(kind, Settings):
+            default = field.default.model_dump(mode="json") if isinstance(field.default, Settings) else {}
+            completed[name] = _over_defaults(kind, _merged(default, section))
+    return completed
+
+
+def _merged(default: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    return default | {
+        key: _merged(default[key], value) if isinstance(value, dict) and isinstance(default.get(key), dict) else value
+        for key, value in given.items()
+    }
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from freesolo.config import Job
+from freesolo.data.documents import differences
 from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
 from freesolo.errors import UsageError
 
@@ -84,10 +85,10 @@ def run_stage(
     settings_url, result_url = join(folder.url, "settings.json"), join(folder.url, "result.json")
     wanted = json.loads(json.dumps(settings))
     if exists(settings_url):
-        differences = _differences(json.loads(read_bytes(settings_url)), wanted)
-        if differences:
+        different = differences(json.loads(read_bytes(settings_url)), wanted)
+        if different:
             raise UsageError(
-                f"{folder.url}: run {folder.run_name!r} was started with other settings: {'; '.join(differences[:3])}; "
+                f"{folder.url}: run {folder.run_name!r} was started with other settings: {'; '.join(different[:3])}; "
                 "choose another --run-name, or the same settings"
             )
     if exists(result_url):
@@ -125,14 +126,3 @@ def _without(settings: dict[str, Any], name: str) -> dict[str, Any]:
         for key, value in settings.items()
         if key != name
     }
-
-
-def _differences(there: Any, wanted: Any, key: str = "") -> list[str]:
-    """The settings that differ, as `section.field: old, now new`."""
-    if isinstance(there, dict) and isinstance(wanted, dict):
-        return [
-            difference
-            for name in sorted({*there, *wanted})
-            for difference in _differences(there.get(name), wanted.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if there == wanted else [f"{key}: {there!r}, now {wanted!r}"]

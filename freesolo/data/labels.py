@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from freesolo.data import files
+from freesolo.data.documents import canonical_digest, differences, document_text, parse_versioned
 from freesolo.data.label_table import ImageLabels, LabelFileError, LabelledInstance, decode_labels, encode_labels
-from freesolo.data.shards import DatasetManifest, ShardInfo, canonical_digest, parse_versioned, shard_index
+from freesolo.data.shards import DatasetManifest, ShardInfo, shard_index
 from freesolo.errors import JobError, UsageError
 
 __all__ = [  # the records are part of what a label set is, wherever they are defined
@@ -129,7 +130,7 @@ class LabelManifest:
     def to_json(self) -> str:
         """The manifest's file: the same text for the same manifest."""
         totals = {"images": self.images, "instances": self.instances, "unreadable": self.unreadable}
-        return _json_text(self._raw() | {"totals": totals})
+        return document_text(self._raw() | {"totals": totals})
 
     @classmethod
     def from_json(cls, text: str) -> LabelManifest:
@@ -179,7 +180,7 @@ def check_label_set(url: str, plan: LabelPlan) -> bool:
         there = parse_versioned(files.read_bytes(location).decode(errors="replace"), PLAN_FORMAT, FORMAT_VERSION)
     except UsageError as error:
         raise UsageError(f"{location}: {error}") from error
-    different = _differences(there | {"dataset_url": None}, asked | {"dataset_url": None})
+    different = differences(there | {"dataset_url": None}, asked | {"dataset_url": None})
     if different:
         raise UsageError(
             f"{url}: a label set made otherwise is there: {'; '.join(different)}; choose another URL for this one"
@@ -343,12 +344,8 @@ def _file_url(url: str, name: str) -> str:
     return files.join(url, f"{name}.parquet")
 
 
-def _json_text(raw: dict[str, Any]) -> str:
-    return json.dumps(raw, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-
-
 def _plan_text(plan: LabelPlan) -> str:
-    return _json_text({"format": PLAN_FORMAT, "format_version": FORMAT_VERSION, **asdict(plan)})
+    return document_text({"format": PLAN_FORMAT, "format_version": FORMAT_VERSION, **asdict(plan)})
 
 
 def _read_plan(url: str) -> LabelPlan:
@@ -361,16 +358,6 @@ def _read_plan(url: str) -> LabelPlan:
         return LabelPlan(**raw)
     except (UsageError, TypeError) as error:
         raise UsageError(f"{location}: {error}") from error
-
-
-def _differences(there: Any, asked: Any, key: str = "") -> list[str]:
-    """Dotted keys whose values differ, with both."""
-    if isinstance(there, dict) and isinstance(asked, dict):
-        lines: list[str] = []
-        for name in sorted(there.keys() | asked.keys()):
-            lines += _differences(there.get(name), asked.get(name), f"{key}.{name}" if key else name)
-        return lines
-    return [] if there == asked else [f"{key} is {there!r} there and {asked!r} here"]
 
 
 def _check_records(shard_name: str, records: Sequence[ImageLabels]) -> None:

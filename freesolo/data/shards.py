@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from freesolo.data import files
+from freesolo.data.documents import canonical_digest, document_text, parse_versioned
 from freesolo.data.photos import file_extension
 from freesolo.errors import JobError, UsageError
 
@@ -117,7 +118,7 @@ class DatasetManifest:
     def to_json(self) -> str:
         """The manifest's file: the same text for the same manifest."""
         totals = {"samples": self.samples, "bytes": sum(shard.bytes for shard in self.shards)}
-        return json.dumps(self._raw() | {"totals": totals}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        return document_text(self._raw() | {"totals": totals})
 
     @classmethod
     def from_json(cls, text: str) -> DatasetManifest:
@@ -140,31 +141,6 @@ class DatasetManifest:
 
     def _raw(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
-
-
-def canonical_digest(value: object) -> str:
-    """Sha256, in hexadecimal, of a JSON value written in the one canonical way: sorted keys, no spaces, UTF-8."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def parse_versioned(text: str, expected_format: str, newest_version: int) -> dict[str, Any]:
-    """Read JSON that says what it is: an object with `format` and `format_version`.
-
-    Raises:
-        UsageError: Not JSON, something else's, or a newer version's.
-    """
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"not valid JSON ({error}); was it cut short?") from error
-    found = raw.get("format") if isinstance(raw, dict) else None
-    if found != expected_format:
-        raise UsageError(f"this is not a {expected_format} but {found or 'some other JSON'}; check the URL")
-    version = raw.get("format_version")
-    if not isinstance(version, int) or version > newest_version:
-        raise UsageError(f"format version {version} was made by a newer freesolo: upgrade this one ({newest_version})")
-    return dict(raw)
 
 
 def shard_name(index: int) -> str:

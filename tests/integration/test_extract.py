@@ -221,7 +221,7 @@ def test_a_finished_label_set_is_not_made_again(undisturbed: Path, make_job: Mak
 def test_other_settings_are_refused(undisturbed: Path, make_job: MakeJob) -> None:
     other = SETTINGS.model_copy(update={"batch_size": 3})
 
-    with pytest.raises(UsageError, match="batch_size is 4 there and 3 here"):
+    with pytest.raises(UsageError, match="batch_size: 4, now 3"):
         extract_free_masks(make_job(undisturbed, settings=other), storage=str(undisturbed.parent))
 
 

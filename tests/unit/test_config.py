@@ -26,6 +26,24 @@ def test_defaults_yaml_and_overrides_come_together(config: Path) -> None:
     assert (job.labels, job.train.losses.mean_projection) == (str(Path("free").absolute()), 0.1)
 
 
+def test_a_section_given_in_part_keeps_the_rest_of_its_default() -> None:
+    """The default of the place, not of the section's class: the two differ where a section is used twice."""
+    loop = {"steps": 10, "batch_size": 4}
+    raw = {
+        "dataset": "photos",
+        "pretrain": {"loop": loop, "model": {"queue_length": 64}, "optimizer": {"warmup_steps": 5}},
+        "train": {"loop": loop},
+        "predict": {"inference": {"nms_sigma": 1.0}},
+        "held_out": {"short_side": 192},
+    }
+    job = parse_config(PipelineJob, raw, source="test")
+    optimizer = job.pretrain.optimizer
+    assert (optimizer.warmup_steps, optimizer.learning_rate, optimizer.schedule) == (5, 0.3, "cosine")
+    pseudo, held_out = job.predict, job.held_out
+    assert (pseudo.inference.nms_sigma, pseudo.inference.min_score, pseudo.inference.max_instances) == (1.0, 0.3, 20)
+    assert (held_out.short_side, held_out.max_width, held_out.inference.min_score) == (192, 1.0, 0.05)
+
+
 def test_values_are_yaml(config: Path) -> None:
     overrides = ["train.views.short_sides=[96, 128]", "labels=null", "train.freeze_batch_norm=true"]
     job = load_config(TrainJob, config, overrides)

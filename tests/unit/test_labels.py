@@ -267,9 +267,9 @@ def test_another_plan_at_the_same_url_is_refused_with_what_differs(url: str) -> 
     with pytest.raises(UsageError) as caught:
         begin_label_set(url, replace(PLAN, settings=settings, parent="cd"))
     message = str(caught.value)
-    assert "settings.free_mask.min_maskness is 0.7 there and 0.6 here" in message
-    assert "settings.new is None there and 1 here" in message
-    assert "parent is None there and 'cd' here" in message
+    assert "settings.free_mask.min_maskness: 0.7, now 0.6" in message
+    assert "settings.new: None, now 1" in message
+    assert "parent: None, now 'cd'" in message
     assert "batch_size" not in message
     assert "choose another URL" in message
 
