@@ -70,10 +70,11 @@ class StreamSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """SGD and its schedule."""
+    """SGD, as in the papers, or AdamW, which gets further in short runs; and the learning rate's schedule."""
 
+    method: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(gt=0.0)
-    momentum: Fraction = 0.9
+    momentum: Fraction = 0.9  # SGD's; AdamW's first beta
     weight_decay: float = Field(default=1e-4, ge=0.0)
     warmup_steps: NonNegative = 0
     warmup_factor: Fraction = 0.01  # the learning rate starts at this share of itself

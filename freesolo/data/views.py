@@ -31,7 +31,6 @@ Batch_co = TypeVar("Batch_co", covariant=True)
 
 
 @runtime_checkable
-@runtime_checkable
 class View(Protocol[Batch_co]):
     """A way to look at samples."""
 

@@ -33,7 +33,7 @@ class Learner:
     Args:
         task: What is trained; its module is moved to the device.
         settings: Precision and averaging.
-        optimizer_settings: SGD's.
+        optimizer_settings: The optimiser and its constants.
         device: Where to train.
     """
 
@@ -44,12 +44,7 @@ class Learner:
         self.device = device
         task.module.to(device)
         self._parameters = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self._parameters,
-            lr=optimizer_settings.learning_rate,
-            momentum=optimizer_settings.momentum,
-            weight_decay=optimizer_settings.weight_decay,
-        )
+        self.optimizer = _optimizer(self._parameters, optimizer_settings)
         self._bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
         self.average: AveragedModel | None = None
         if settings.ema_decay is not None:
@@ -95,3 +90,10 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.method == "adamw":
+        return torch.optim.AdamW(parameters, lr=rate, betas=(settings.momentum, 0.999), weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay)

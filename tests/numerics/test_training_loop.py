@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -142,34 +142,41 @@ class Kept:
             raise KeyboardInterrupt
 
 
-def learner_for(loop: LoopSettings, *, seed: int = 0) -> Learner:
+def learner_for(loop: LoopSettings, *, optimizer: OptimizerSettings = OPTIMIZER, seed: int = 0) -> Learner:
     task = SoloTask(MODEL, "free_masks", LossSettings(pairwise_warmup_steps=2))
     task.initialise(torch.Generator().manual_seed(seed))
-    return Learner(WeakView(task), loop, OPTIMIZER, torch.device("cpu"))
+    return Learner(WeakView(task), loop, optimizer, torch.device("cpu"))
 
 
 def weights(learner: Learner) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in learner.task.module.state_dict().items()}
 
 
-def run_whole_and_resumed(folder: Path, loop: LoopSettings, stop: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def run_whole_and_resumed(
+    folder: Path, loop: LoopSettings, stop: int, optimizer: OptimizerSettings = OPTIMIZER
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The final weights of an uninterrupted run, and of one that stopped and went on from its checkpoint."""
-    whole = learner_for(loop)
-    train(whole, Drawn(loop.accumulation_steps), loop, OPTIMIZER, Kept(whole))
-    first = learner_for(loop)
+    whole = learner_for(loop, optimizer=optimizer)
+    train(whole, Drawn(loop.accumulation_steps), loop, optimizer, Kept(whole))
+    first = learner_for(loop, optimizer=optimizer)
     with pytest.raises(KeyboardInterrupt):
-        train(first, Drawn(loop.accumulation_steps), loop, OPTIMIZER, Kept(first, folder, stop_after=stop))
+        train(first, Drawn(loop.accumulation_steps), loop, optimizer, Kept(first, folder, stop_after=stop))
     if distributed.is_initialized():
         distributed.barrier()
-    second = learner_for(loop, seed=99)  # other weights, which the checkpoint must replace
+    second = learner_for(loop, optimizer=optimizer, seed=99)  # other weights, which the checkpoint must replace
     progress = load_checkpoint(folder / str(stop), second)
-    train(second, Drawn(loop.accumulation_steps), loop, OPTIMIZER, Kept(second), progress=progress)
+    train(second, Drawn(loop.accumulation_steps), loop, optimizer, Kept(second), progress=progress)
     return weights(whole), weights(second)
 
 
-@pytest.mark.parametrize("others", [{}, {"accumulation_steps": 2}, {"ema_decay": 0.9}], ids=["plain", "accum", "ema"])
-def test_resumed_equals_uninterrupted(tmp_path: Path, others: dict[str, Any]) -> None:
-    whole, resumed = run_whole_and_resumed(tmp_path, settings(**others), stop=3)
+@pytest.mark.parametrize(
+    ("others", "method"),
+    [({}, "sgd"), ({"accumulation_steps": 2}, "sgd"), ({"ema_decay": 0.9}, "sgd"), ({}, "adamw")],
+    ids=["plain", "accumulated", "averaged", "adamw"],
+)
+def test_resumed_equals_uninterrupted(tmp_path: Path, others: dict[str, Any], method: Literal["sgd", "adamw"]) -> None:
+    optimizer = OPTIMIZER.model_copy(update={"method": method})
+    whole, resumed = run_whole_and_resumed(tmp_path, settings(**others), 3, optimizer)
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
