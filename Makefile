@@ -29,14 +29,14 @@ PHOTOS ?=
 DEMO := demo
 DEMO_RUN = $(BIN)/python jobs/run_pipeline.py --config configs/pipeline/demo.yaml --storage $(DEMO)/runs
 
-demo: $(READY)  ## Everything on small real photos, ending with a page (about 15 minutes on 2 cores)
+demo: $(READY)  ## Everything on small real photos, ending with a page (about 11 minutes on 2 cores)
 ifeq ($(PHOTOS),)
-	@echo "demo: about 15 minutes on 2 cores: scenes, DenseCL, Free Masks, SOLO, a round of self-training, evaluation"
+	@echo "demo: about 11 minutes on 2 cores: scenes, DenseCL, Free Masks, SOLO, a round of self-training, evaluation"
 	@$(MAKE) --no-print-directory $(DEMO)/data/train/manifest.json $(DEMO)/data/held-out/manifest.json
 	@$(DEMO_RUN) --run-name demo
 	@echo "demo: open $(CURDIR)/$(DEMO)/runs/demo/pipeline/report/index.html"
 else
-	@echo "demo: your photos; about 15 minutes on 2 cores, without an evaluation: they have no annotations"
+	@echo "demo: your photos; about 11 minutes on 2 cores, without an evaluation: they have no annotations"
 	@test -f $(DEMO)/data/own/manifest.json || $(BIN)/freesolo pack "$(PHOTOS)" $(DEMO)/data/own --max-bad-samples 0.5
 	@$(DEMO_RUN) --run-name own dataset=$(DEMO)/data/own evaluation_dataset=null
 	@echo "demo: open $(CURDIR)/$(DEMO)/runs/own/pipeline/report/index.html"
@@ -51,8 +51,8 @@ $(DEMO)/data/train/manifest.json: $(DEMO)/photos/held-out/annotations.json
 $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 	@$(BIN)/freesolo pack $(DEMO)/photos/held-out/annotations.json $(DEMO)/data/held-out --samples-per-shard 64
 
-test: $(READY) chromium  ## The tests (about 10 minutes on 2 cores)
-	@echo "test: unit, numerics, integration and end-to-end tests, about 10 minutes on 2 cores"
+test: $(READY) chromium  ## The tests (about 15 minutes on 2 cores)
+	@echo "test: unit, numerics, integration and end-to-end tests, about 15 minutes on 2 cores"
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, Free Mask at full size
