@@ -115,9 +115,9 @@ def kill_a_train_worker_after(first_checkpoint: Path, killed: list[int]) -> None
 
 
 def test_a_killed_worker_costs_no_sample_repeats_none_and_changes_no_bit(scenes: str, tmp_path: Path) -> None:
-    """Two workers, one SIGKILLed in mid-epoch: 30 steps of 8 are 10 epochs of 24 samples, each sample once in each."""
+    """Two workers, one SIGKILLed in mid-epoch: 18 steps of 8 are 6 epochs of 24 samples, each sample once in each."""
     stage = StageFolder(str(tmp_path), "run", "pretrain")
-    job = pretrain_job(scenes, steps=30, workers=2, checkpoint_every=2)
+    job = pretrain_job(scenes, steps=18, workers=2, checkpoint_every=2)
     killed: list[int] = []
     # The manager's snapshot is what a restart goes by: it is written once a checkpoint is committed.
     snapshot = Path(stage.url, "checkpoints", "checkpoint_manager_snapshot.json")
@@ -126,17 +126,17 @@ def test_a_killed_worker_costs_no_sample_repeats_none_and_changes_no_bit(scenes:
     result = pretrain_stage(job, stage)
     killer.join()
     assert killed, "no worker was killed: the run was over too soon"
-    assert result.counts == {"images": SCENES, "steps": 30}
+    assert result.counts == {"images": SCENES, "steps": 18}
 
     ids = sorted(
         sample.image_id for shard in read_dataset_manifest(scenes).shards for sample in read_shard(scenes, shard)
     )
     used = samples_of_steps(stage)
-    assert sorted(used) == list(range(30))
-    for epoch in range(10):
+    assert sorted(used) == list(range(18))
+    for epoch in range(6):
         assert sorted(number for step in range(3 * epoch, 3 * epoch + 3) for number in used[step]) == ids, epoch
     steps = Counter(entry.step for entry in read_journal(stage.url))
-    assert steps == Counter(range(1, 31)), "the journal has each step once"
+    assert steps == Counter(range(1, 19)), "the journal has each step once"
     model = load_model(Path(result.outputs["model"]), "backbone")
     assert model.settings == {"backbone": "resnet18"}
     undisturbed = pretrain_stage(job, StageFolder(str(tmp_path), "undisturbed", "pretrain"))
@@ -145,8 +145,8 @@ def test_a_killed_worker_costs_no_sample_repeats_none_and_changes_no_bit(scenes:
         assert torch.equal(tensor, expected[name]), f"{name} differs from an undisturbed run's"
 
     assert pretrain_stage(job, stage) == result, "a finished stage is not done again"
-    with pytest.raises(UsageError, match=r"pretrain.loop.steps: 30, now 31"):
-        pretrain_stage(pretrain_job(scenes, steps=31, workers=2, checkpoint_every=2), stage)
+    with pytest.raises(UsageError, match=r"pretrain.loop.steps: 18, now 19"):
+        pretrain_stage(pretrain_job(scenes, steps=19, workers=2, checkpoint_every=2), stage)
 
 
 def test_solo_trains_on_annotations_and_a_bad_loss_stops_it(scenes: str, tmp_path: Path) -> None:
