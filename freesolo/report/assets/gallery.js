@@ -3,10 +3,19 @@
 //
 // A picture's `content` is the index of a label set, "all" of them together, or "none".
 
+// Masks a photo that a label set opens with, on average: more than a handful cannot be told apart.
+const MASKS_AT_FIRST = 8;
+
 class Filters {
-  constructor(names) {
+  constructor({ names, photos }) {
     this.shown = names.map(() => true);
-    this.lowest = names.map(() => 0);
+    this.lowest = names.map((_, layer) => this.#firstLowest(photos, layer));
+  }
+
+  #firstLowest(photos, layer) {
+    const scores = photos.flatMap((photo) => photo.layers[layer]?.scores ?? []).sort((a, b) => b - a);
+    const most = MASKS_AT_FIRST * photos.length;
+    return scores.length > most ? Math.ceil(100 * scores[most]) / 100 : 0;
   }
 
   passes(layer, score) {
@@ -70,7 +79,7 @@ class Gallery {
   constructor(data, root) {
     this.data = data;
     this.root = root;
-    this.filters = new Filters(data.names);
+    this.filters = new Filters(data);
     this.zoom = new Zoom(data, this.filters);
     this.grid = document.getElementById("photos");
     this.page = 0;
@@ -184,9 +193,10 @@ class Gallery {
   }
 
   #scoreSlider(name, layer) {
-    const value = element("output", {}, "≥ 0.00");
+    const lowest = this.filters.lowest[layer];
+    const value = element("output", {}, `≥ ${lowest.toFixed(2)}`);
     const label = `Lowest score shown of ${name}`;
-    const slider = element("input", { type: "range", min: 0, max: 1, step: 0.01, value: 0, "aria-label": label });
+    const slider = element("input", { type: "range", min: 0, max: 1, step: 0.01, value: lowest, "aria-label": label });
     slider.addEventListener("input", () => {
       this.filters.lowest[layer] = slider.valueAsNumber;
       value.textContent = `≥ ${slider.valueAsNumber.toFixed(2)}`;
