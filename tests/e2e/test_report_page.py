@@ -470,3 +470,22 @@ def test_little_to_show_is_shown_without_a_complaint(browser: Browser, tmp_path:
     assert not any("NaN" in path or "Infinity" in path for path in drawn)
     if case == "a photo without masks":
         assert "no masks" in text
+
+
+def test_a_crowded_label_set_opens_with_its_best_masks(browser: Browser, tmp_path: Path) -> None:
+    """20 masks of scores 0.05, 0.10 ... 1.00 in one photo: it opens at the score of the ninth, 0.60."""
+    masks = np.zeros((20, 8, 24), dtype=bool)
+    for number in range(20):
+        masks[number, 2:5, number : number + 3] = True
+    scores = np.arange(1, 21) / 20
+    photo = GalleryPhoto("crowd.jpg", np.zeros((8, 24, 3), np.uint8), (GalleryLayer("SOLO", masks, scores),))
+    shown = Opened(browser, write(Report("crowd", "", gallery=(photo,)), tmp_path))
+    slider = shown.page.get_by_role("slider", name="Lowest score shown of SOLO")
+    lowest = float(slider.input_value())
+    status = shown.page.locator("[data-pager] .status").first.inner_text()
+    slider.fill("0")
+    everything = shown.page.locator("[data-pager] .status").first.inner_text()
+    shown.context.close()
+    assert shown.complaints == []
+    assert (lowest, status) == (0.6, "Photo 1 of 1 · 9 of 20 masks")
+    assert everything == "Photo 1 of 1 · 20 masks"
