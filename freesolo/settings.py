@@ -118,11 +118,9 @@ class DenseCLModelSettings(Settings):
     batch_norm: Literal["shuffle", "sync"] = "shuffle"
 
 
-class ViewSettings(Settings):
-    """MoCo v2's augmentation, each view alone."""
+class ColourSettings(Settings):
+    """MoCo v2's jitter, grey and blur (arXiv:2003.04297), which FreeSOLO's strong view shares."""
 
-    size: Positive = 224
-    crop_scale: tuple[float, float] = (0.2, 1.0)
     jitter_probability: Fraction = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -131,6 +129,13 @@ class ViewSettings(Settings):
     grayscale_probability: Fraction = 0.2
     blur_probability: Fraction = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+
+
+class ViewSettings(ColourSettings):
+    """MoCo v2's augmentation, each view alone."""
+
+    size: Positive = 224
+    crop_scale: tuple[float, float] = (0.2, 1.0)
     flip_probability: Fraction = 0.5
 
 
@@ -241,7 +246,7 @@ class InferenceSettings(Settings):
     max_instances: Positive = 100
 
 
-class SegmentationViewSettings(Settings):
+class SegmentationViewSettings(ColourSettings):
     """FreeSOLO's weak and strong views and copy-paste (arXiv:2202.12181)."""
 
     short_sides: tuple[Positive, ...] = (640, 672, 704, 736, 768, 800)
@@ -249,14 +254,6 @@ class SegmentationViewSettings(Settings):
     size_divisor: Positive = 32
     flip_probability: Fraction = 0.5
     strong: bool = True  # train on a strong view beside the weak one
-    jitter_probability: Fraction = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    grayscale_probability: Fraction = 0.2
-    blur_probability: Fraction = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
     erasing_probabilities: tuple[float, ...] = (0.7, 0.5, 0.3)
     copy_paste: bool = True
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freesolo.data.colour import blend, gaussian_blur, grayscale, shift_hue
 from freesolo.ops.images import normalize
-from freesolo.settings import SegmentationViewSettings, ViewSettings
+from freesolo.settings import ColourSettings, SegmentationViewSettings, ViewSettings
 from freesolo.types import ImageBatch
 
 _ASPECT_RATIOS = (3 / 4, 4 / 3)  # of crops
@@ -125,7 +125,7 @@ def _random_crop(
 def _augment_colours(
     pixels: Float[Tensor, "B 3 H W"],
     inside: Bool[Tensor, "B 1 H W"],
-    settings: ViewSettings | SegmentationViewSettings,
+    settings: ColourSettings,
     host: torch.Generator,
 ) -> Float[Tensor, "B 3 H W"]:
     """Colour jitter, grayscale and blur, each on a random part of the batch, in place where it can."""
@@ -147,7 +147,7 @@ def _augment_colours(
 def _jitter(
     pixels: Float[Tensor, "B 3 H W"],
     inside: Bool[Tensor, "B 1 H W"],
-    settings: ViewSettings | SegmentationViewSettings,
+    settings: ColourSettings,
     host: torch.Generator,
 ) -> Float[Tensor, "B 3 H W"]:
     """Change brightness, contrast, saturation and hue of each image in a random order of its own."""

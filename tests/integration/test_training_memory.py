@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,13 +70,11 @@ class MemoryWatch:
     def _watch(self) -> None:
         while not self._done.wait(0.2):
             for process in psutil.process_iter():
-                try:
+                with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
                     name = self._name(process)
                     if name is not None:
                         own = process.memory_full_info().uss
                         self.peaks[name] = max(self.peaks.get(name, 0), own)
-                except psutil.Error:  # it ended while it was looked at
-                    continue
 
     def _name(self, process: psutil.Process) -> str | None:
         if process.pid == os.getpid():
