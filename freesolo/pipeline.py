@@ -19,7 +19,7 @@ from typing import Any
 from freesolo.comparison import check_comparable, compare, gallery
 from freesolo.config import ExtractJob, PipelineJob, PredictJob, PretrainJob, TrainJob
 from freesolo.data.files import join
-from freesolo.data.shards import check_batch_fits, read_dataset_manifest
+from freesolo.data.shards import read_dataset_manifest
 from freesolo.evaluation import Metrics
 from freesolo.jobs import (
     extract_stage,
@@ -61,12 +61,9 @@ def _check_data(job: PipelineJob) -> None:
     """Refuse at the start what a later stage would refuse hours later.
 
     Raises:
-        UsageError: A data set is missing, too small for a batch, or has no annotations to evaluate with.
+        UsageError: A data set is missing, or has no annotations to evaluate with.
     """
-    manifest = read_dataset_manifest(job.dataset)
-    if job.initial_backbone is None:
-        check_batch_fits(job.dataset, manifest, "pretrain.loop.batch_size", job.pretrain.loop.batch_size)
-    check_batch_fits(job.dataset, manifest, "train.loop.batch_size", job.train.loop.batch_size)
+    read_dataset_manifest(job.dataset)
     if job.evaluation_dataset is not None:
         check_comparable(job.evaluation_dataset, {})
 

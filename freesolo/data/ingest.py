@@ -25,10 +25,10 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.exceptions import RayTaskError
 
-from freesolo.data.labels import ImageLabels, read_label_file
+from freesolo.data.labels import ImageLabels, LabelFileError, read_label_file
 from freesolo.data.order import Order, Piece, StreamState, worker_pieces
 from freesolo.data.pack import PackedShard, ShardTask, check_skipped, finish_data_set, pack_shard
-from freesolo.data.shards import DatasetManifest, Sample, ShardError, read_shard
+from freesolo.data.shards import DatasetManifest, Sample, ShardError, ShardInfo, read_shard
 from freesolo.data.sources import PhotoCollection
 from freesolo.data.views import Row, View
 from freesolo.errors import JobError, UsageError
@@ -215,38 +215,55 @@ def cause_of(error: RayTaskError) -> BaseException:
 def _read_piece(stream: TrainingStream[Batch], piece: Piece) -> Iterator[pa.Table]:
     """The samples of a piece with their labels, pickled, in the piece's order; runs in a Ray task.
 
-    A shard that ends early costs its missing samples: they come as errors, and the reader of the stream decides.
+    What cannot be read comes as an error in its place, and the reader of the stream decides.
     """
-    places = stream.order.permutation(piece.window)[piece.start : piece.stop]
-    slot_of_member = {int(member): slot for slot, member in enumerate(places)}
-    payloads: list[bytes | None] = [None] * len(piece)
-    reason = "missing from its shard"
-    member = 0
+    places = stream.order.permutation(piece.window)[piece.start : piece.stop].tolist()
+    records: dict[int, bytes | str] = {}
+    first = 0
     for index in piece.window.shards:
         shard = stream.manifest.shards[index]
-        labels = _labels_by_key(stream.labels_url, shard.name)
-        try:
-            for offset, sample in enumerate(read_shard(stream.dataset_url, shard)):
-                slot = slot_of_member.get(member + offset)
-                if slot is not None:
-                    payloads[slot] = pickle.dumps((sample, labels.get(sample.key)))
-        except ShardError as error:
-            reason = str(error)
-        member += shard.samples
-    for start in range(0, len(payloads), SAMPLES_PER_READ_BLOCK):
-        block = payloads[start : start + SAMPLES_PER_READ_BLOCK]
+        wanted = [place - first for place in places if first <= place < first + shard.samples]
+        found = _read_members(stream, shard, wanted) if wanted else {}
+        records |= {first + member: record for member, record in found.items()}
+        first += shard.samples
+    seed = [stream.order.seed, piece.window.epoch]
+    for start in range(0, len(places), SAMPLES_PER_READ_BLOCK):
+        block = [records[place] for place in places[start : start + SAMPLES_PER_READ_BLOCK]]
         yield pa.table(
             {
-                "payload": pa.array(block, pa.binary()),
-                "error": [None if payload else reason for payload in block],
-                "seed": pa.array([[stream.order.seed, piece.window.epoch]] * len(block), pa.list_(pa.int64())),
+                "payload": pa.array([record if isinstance(record, bytes) else None for record in block], pa.binary()),
+                "error": pa.array([record if isinstance(record, str) else None for record in block], pa.string()),
+                "seed": pa.array([seed] * len(block), pa.list_(pa.int64())),
             }
         )
 
 
-def _labels_by_key(labels_url: str | None, shard_name: str) -> dict[str, ImageLabels]:
-    if labels_url is None:
-        return {}
+def _read_members(stream: TrainingStream[Batch], shard: ShardInfo, wanted: Sequence[int]) -> dict[int, bytes | str]:
+    """Some samples of a shard, each pickled with its labels, or the reason why it cannot be used.
+
+    A shard that ends early costs what is missing, one that was altered costs all: nobody can tell which of its samples
+    are as they were. A label file that cannot be read costs its shard's samples, and a record that it lacks costs one:
+    a data set's annotations never stand in for the labels that a training was asked to use.
+    """
+    found: dict[int, bytes | str] = {}
+    chosen, read = set(wanted), 0
+    try:
+        labels = None if stream.labels_url is None else _labels_by_key(stream.labels_url, shard.name)
+        for member, sample in enumerate(read_shard(stream.dataset_url, shard)):
+            read += 1
+            if member not in chosen:
+                continue
+            if labels is not None and sample.key not in labels:
+                found[member] = f"{sample.key} has no record in {shard.name} of {stream.labels_url}"
+            else:
+                found[member] = pickle.dumps((sample, None if labels is None else labels[sample.key]))
+    except (ShardError, LabelFileError) as error:
+        kept = found if read < shard.samples else {}
+        return {member: kept.get(member, str(error)) for member in wanted}
+    return found
+
+
+def _labels_by_key(labels_url: str, shard_name: str) -> dict[str, ImageLabels]:
     return {labels.key: labels for labels in read_label_file(labels_url, shard_name)}
 
 

@@ -176,24 +176,6 @@ def read_dataset_manifest(url: str) -> DatasetManifest:
         raise UsageError(f"{location}: {error}") from error
 
 
-def check_batch_fits(url: str, manifest: DatasetManifest, key: str, batch_size: int) -> None:
-    """Refuse to train on a data set smaller than a batch, in which the same photo would be several times.
-
-    Args:
-        url: Of the data set.
-        manifest: Its manifest.
-        key: Of the setting, for the message.
-        batch_size: Photos of an optimiser step.
-
-    Raises:
-        UsageError: It has fewer photos.
-    """
-    if manifest.samples < batch_size:
-        raise UsageError(
-            f"{key}={batch_size}: {url} has {manifest.samples} photos, less than a batch; lower it, or pack more photos"
-        )
-
-
 def write_dataset_manifest(url: str, manifest: DatasetManifest) -> None:
     """Make the data set at `url` whole: write its manifest, when all of its shards are there.
 

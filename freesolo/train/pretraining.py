@@ -12,7 +12,7 @@ import torch
 from freesolo.config import PretrainJob
 from freesolo.data.ingest import TrainingStream
 from freesolo.data.order import Order
-from freesolo.data.shards import DatasetManifest, check_batch_fits, read_dataset_manifest
+from freesolo.data.shards import DatasetManifest, read_dataset_manifest
 from freesolo.data.views import ContrastiveView
 from freesolo.densecl.model import DenseCL
 from freesolo.models.model_file import save_model
@@ -50,7 +50,6 @@ def pretrain_inputs(job: PretrainJob, storage: str) -> PretrainInputs:
         UsageError: The data set or the initial weights are not there or don't fit the settings.
     """
     manifest = read_dataset_manifest(job.dataset)
-    check_batch_fits(job.dataset, manifest, "pretrain.loop.batch_size", job.pretrain.loop.batch_size)
     settings = job.pretrain.model
     weights = read_initial_weights(settings.backbone_weights, job.tracking, storage)
     if weights is not None:

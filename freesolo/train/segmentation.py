@@ -15,7 +15,7 @@ from freesolo.config import TrainJob
 from freesolo.data.ingest import TrainingStream
 from freesolo.data.labels import LabelManifest, read_labels_of
 from freesolo.data.order import Order
-from freesolo.data.shards import DatasetManifest, check_batch_fits, read_dataset_manifest
+from freesolo.data.shards import DatasetManifest, read_dataset_manifest
 from freesolo.data.views import SegmentationView
 from freesolo.errors import UsageError
 from freesolo.models.model_file import save_model
@@ -64,7 +64,6 @@ def segmenter_inputs(job: TrainJob, storage: str) -> SegmenterInputs:
     """
     manifest = read_dataset_manifest(job.dataset)
     labels = _matching_labels(job, manifest)
-    check_batch_fits(job.dataset, manifest, "train.loop.batch_size", job.train.loop.batch_size)
     weights = read_initial_weights(job.train.initial_weights, job.tracking, storage)
     if weights is not None:
         _load_weights(Segmenter(job.train.model), weights)

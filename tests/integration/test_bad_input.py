@@ -298,19 +298,6 @@ CASES = {
         2,
         ("model.queue_length=30", "loop.batch_size=4", "make it a multiple"),
     ),
-    "batch larger than the data, pretrain": Case(
-        pretrain("dataset={folder}/data", "pretrain.loop.batch_size=16"),
-        2,
-        ("pretrain.loop.batch_size=16", "{folder}/data", "6 photos", "lower it"),
-    ),
-    "batch larger than the data, train": Case(
-        train("dataset={folder}/data", "train.loop.batch_size=16"),
-        2,
-        ("train.loop.batch_size=16", "{folder}/data", "6 photos", "lower it"),
-    ),
-    "batch larger than the data, pipeline": Case(
-        pipeline("dataset={folder}/data"), 2, ("pretrain.loop.batch_size=8", "{folder}/data", "6 photos", "lower it")
-    ),
 }
 
 

@@ -1,0 +1,305 @@
+"""Streams of a data set on a real Ray cluster: which samples come when, with which labels, and what cannot be read."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from freesolo.data.ingest import StreamBatch, TrainingStream, configure_ray_data
+from freesolo.data.labels import (
+    ImageLabels,
+    LabelledInstance,
+    LabelPlan,
+    begin_label_set,
+    finish_label_set,
+    write_label_file,
+)
+from freesolo.data.order import Order, StreamState, advance, worker_pieces
+from freesolo.data.shards import DatasetManifest, Sample, read_shard, shard_name, write_dataset_manifest, write_shard
+from freesolo.data.views import ContrastiveView, SegmentationView, View
+from freesolo.errors import JobError
+from freesolo.ops.masks import Rle
+from freesolo.settings import SegmentationViewSettings, ViewSettings
+from freesolo.types import SegmentationBatch
+
+pytestmark = pytest.mark.usefixtures("ray_cluster", "ray_data")
+
+SIDE = 32
+SHARDS = (5, 3, 4)  # samples of each
+SAMPLES = sum(SHARDS)
+GREY = 20  # times the image's id is its colour
+CHANNELS = 4  # of an embedding
+WEAK = SegmentationViewSettings(short_sides=(SIDE,), size_divisor=SIDE, flip_probability=0.0)
+
+Batch = TypeVar("Batch")
+
+
+@pytest.fixture(scope="module")
+def ray_data() -> None:
+    configure_ray_data()
+
+
+def photo(image_id: int) -> bytes:
+    """Of one grey, which tells the image."""
+    file = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE), (GREY * image_id,) * 3).save(file, "png")
+    return file.getvalue()
+
+
+def key(image_id: int) -> str:
+    return f"k{image_id:02d}"
+
+
+def rle(rows: slice) -> Rle:
+    """A mask of whole rows."""
+    mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
+    mask[rows] = 1
+    encoded: Rle = coco_mask.encode(mask)
+    return {"size": [SIDE, SIDE], "counts": encoded["counts"].decode()}
+
+
+ANNOTATED = slice(0, 4)  # rows of every photo's own annotation; no label of the label set covers them
+LABELLED = (slice(8, 12), slice(16, 28))
+SCORES = (0.75, 0.5)
+EMBEDDINGS = np.eye(2, CHANNELS, dtype=np.float16)
+
+
+def write_dataset(folder: Path, *, unreadable: int | None = None) -> DatasetManifest:
+    annotation = {
+        **{"id": 1, "category_id": 1, "iscrowd": 0, "area": 4 * SIDE, "bbox": [0, 0, SIDE, 4]},
+        "segmentation": rle(ANNOTATED),
+    }
+    shards, first = [], 0
+    for index, count in enumerate(SHARDS):
+        samples = [
+            Sample(
+                key(image_id),
+                photo(image_id)[: 20 if image_id == unreadable else None],
+                image_id,
+                f"{key(image_id)}.png",
+                SIDE,
+                SIDE,
+                (annotation | {"id": image_id + 1, "image_id": image_id},),
+            )
+            for image_id in range(first, first + count)
+        ]
+        shards.append(write_shard(str(folder), shard_name(index), samples))
+        first += count
+    category = {"id": 1, "name": "object"}
+    manifest = DatasetManifest(1, tuple(shards), annotated=True, categories=(category,), skipped=())
+    write_dataset_manifest(str(folder), manifest)
+    return manifest
+
+
+def write_labels(folder: Path, dataset: Path, manifest: DatasetManifest) -> None:
+    """Image i has the first i % 3 of the labelled instances."""
+    plan = LabelPlan(manifest.digest, str(dataset), "free-masks", {"weights": "w"}, {}, None)
+    begin_label_set(str(folder), plan)
+    for shard in manifest.shards:
+        write_label_file(str(folder), shard.name, [labels_of(sample) for sample in read_shard(str(dataset), shard)])
+    finish_label_set(str(folder), manifest)
+
+
+def labels_of(sample: Sample) -> ImageLabels:
+    instances = [
+        LabelledInstance(0, rle(rows), (0.0, float(rows.start), float(SIDE), 1.0), score, 0, embedding)
+        for rows, score, embedding in zip(LABELLED, SCORES, EMBEDDINGS, strict=True)
+    ]
+    return ImageLabels(
+        *(sample.key, sample.image_id, sample.file_name, sample.width, sample.height, None),
+        tuple(instances[: sample.image_id % 3]),
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A data set with its label set, in a folder."""
+
+    dataset: Path
+    labels: Path
+    manifest: DatasetManifest
+
+    def stream(self, view: View[Batch], batch_size: int, *, labelled: bool = True) -> TrainingStream[Batch]:
+        return TrainingStream(
+            dataset_url=str(self.dataset),
+            manifest=self.manifest,
+            labels_url=str(self.labels) if labelled else None,
+            view=view,
+            order=Order(SHARDS, seed=3, window_shards=2),
+            batch_size=batch_size,
+        )
+
+    def segmentation_batches(self, *, steps: int, batch_size: int) -> list[StreamBatch[SegmentationBatch]]:
+        stream = self.stream(SegmentationView(WEAK, CHANNELS), batch_size)
+        return list(stream.batches(StreamState(), steps=steps))
+
+
+def store(folder: Path, *, unreadable: int | None = None) -> Stored:
+    manifest = write_dataset(folder / "data", unreadable=unreadable)
+    write_labels(folder / "labels", folder / "data", manifest)
+    return Stored(folder / "data", folder / "labels", manifest)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    return store(tmp_path_factory.mktemp("stored"))
+
+
+def ordered_ids(
+    order: Order, state: StreamState, *, steps: int, batch_size: int, worker: int, workers: int
+) -> list[int]:
+    """The image ids that `data.order` gives a worker: here a sample's place in the data set is its id."""
+    starts = np.cumsum([0, *SHARDS])
+    ids: list[int] = []
+    for piece in worker_pieces(order, state, steps=steps, batch_size=batch_size, worker=worker, workers=workers):
+        members = [starts[shard] + i for shard in piece.window.shards for i in range(SHARDS[shard])]
+        ids += [int(members[place]) for place in order.permutation(piece.window)[piece.start : piece.stop]]
+    return ids
+
+
+def test_each_worker_gets_the_samples_that_the_order_gives_it(stored: Stored) -> None:
+    """Two workers, 9 steps of 4: three epochs of 12. Both crops are of the photo that the batch names."""
+    stream = stored.stream(ContrastiveView(ViewSettings(size=16)), 4, labelled=False)
+    seen: Counter[int] = Counter()
+    for worker in range(2):
+        batches = list(stream.batches(StreamState(), steps=9, worker=worker, workers=2))
+        assert [len(batch.content) for batch in batches] == [2] * 9
+        assert all(batch.bad == () for batch in batches)
+        ids = [image_id for batch in batches for image_id in batch.content.image_ids]
+        assert ids == ordered_ids(stream.order, StreamState(), steps=9, batch_size=4, worker=worker, workers=2)
+        for batch in batches:
+            greys = torch.tensor([GREY * image_id for image_id in batch.content.image_ids], dtype=torch.uint8)
+            expected = greys[:, None, None, None].expand(-1, 3, 16, 16)
+            assert torch.equal(batch.content.query, expected)
+            assert torch.equal(batch.content.key, expected)
+        seen.update(ids)
+    assert seen == {image_id: 3 for image_id in range(SAMPLES)}
+
+
+def test_what_is_left_after_some_steps_comes_as_it_would_have_come(stored: Stored) -> None:
+    """The same photos at the same random sizes, turned the same way: augmentation depends on epoch and sample alone."""
+    settings = SegmentationViewSettings(short_sides=(32, 48, 64), size_divisor=32)
+    stream = stored.stream(SegmentationView(settings, CHANNELS), 4)
+    whole = list(stream.batches(StreamState(), steps=7))
+    rest = list(stream.batches(advance(StreamState(), 4, SAMPLES, 4, workers=1), steps=3))
+    assert {height for batch in whole for height, _ in batch.content.images.sizes.tolist()} == {32, 48, 64}
+    for one, other in zip(whole[4:], rest, strict=True):
+        assert one.content.image_ids == other.content.image_ids
+        assert torch.equal(one.content.images.pixels, other.content.images.pixels)
+        assert torch.equal(one.content.instances.masks, other.content.instances.masks)
+
+
+def test_photos_come_with_their_labels_and_without_their_annotations(stored: Stored) -> None:
+    for batch in stored.segmentation_batches(steps=3, batch_size=4):
+        instances = batch.content.instances
+        for image, image_id in enumerate(batch.content.image_ids):
+            found = instances.of_image(image)
+            assert len(found) == image_id % 3
+            for mask, rows in zip(found.masks, LABELLED, strict=False):
+                assert mask[rows].all()
+                assert mask.sum() == (rows.stop - rows.start) * SIDE
+            assert found.scores.tolist() == list(SCORES[: image_id % 3])
+            assert torch.equal(found.embeddings, torch.from_numpy(EMBEDDINGS[: image_id % 3].astype(np.float32)))
+
+
+def test_without_a_label_set_photos_come_with_their_annotations(stored: Stored) -> None:
+    stream = stored.stream(SegmentationView(WEAK, CHANNELS), 4, labelled=False)
+    (batch,) = stream.batches(StreamState(), steps=1)
+    assert len(batch.content.instances) == 4
+    assert batch.content.instances.masks[:, ANNOTATED].all()
+    assert not batch.content.instances.masks[:, ANNOTATED.stop :].any()
+
+
+def test_a_batch_may_be_larger_than_the_data_set(stored: Stored) -> None:
+    (batch,) = stored.segmentation_batches(steps=1, batch_size=30)
+    seen = Counter(batch.content.image_ids)
+    assert set(seen) == set(range(SAMPLES))
+    assert sorted(seen.values()) == [2] * 6 + [3] * 6
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+
+
+def cut_in_the_fourth_photo(file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: data.index(b"k03.png") + 600])
+
+
+def turn_a_bit(file: Path) -> None:
+    """In the last photo's pixels, which decode all the same."""
+    data = bytearray(file.read_bytes())
+    data[data.rindex(b"IDAT") + 9] ^= 1
+    file.write_bytes(data)
+
+
+def drop_the_last_record(file: Path) -> None:
+    pq.write_table(pq.read_table(file)[:-1], file)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with shard 0, which has images 0 to 4.
+
+    Attributes:
+        apply: Does it to the shard's file, or its labels'.
+        labels: Whether to the labels'.
+        lost: Images that cannot be used.
+        reason: Why, in the words that a person is told.
+    """
+
+    apply: Callable[[Path], object]
+    labels: bool
+    lost: tuple[int, ...]
+    reason: str
+
+
+FAULTS = {
+    "shard cut short": Fault(
+        cut_in_the_fourth_photo, False, (3, 4), "shard-000000.tar: 3 samples where the manifest says 5: truncated"
+    ),
+    "shard gone": Fault(Path.unlink, False, (0, 1, 2, 3, 4), "shard-000000.tar: the shard is missing"),
+    "shard altered": Fault(turn_a_bit, False, (0, 1, 2, 3, 4), "shard-000000.tar: its sha256 is not the manifest's"),
+    "labels gone": Fault(Path.unlink, True, (0, 1, 2, 3, 4), "shard-000000.parquet: the label file is missing"),
+    "labels cut short": Fault(cut, True, (0, 1, 2, 3, 4), "shard-000000.parquet: "),
+    "a record gone": Fault(drop_the_last_record, True, (4,), "k04 has no record in shard-000000"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_cannot_be_read_is_named_and_replaced(name: str, tmp_path: Path) -> None:
+    fault, whole = FAULTS[name], store(tmp_path)
+    fault.apply(whole.labels / "shard-000000.parquet" if fault.labels else whole.dataset / "shard-000000.tar")
+    (batch,) = whole.segmentation_batches(steps=1, batch_size=SAMPLES)
+    assert len(batch.bad) == len(fault.lost)
+    assert all(fault.reason in bad.reason for bad in batch.bad), batch.bad
+    assert set(batch.content.image_ids) == set(range(SAMPLES)) - set(fault.lost)
+    assert len(batch.content) == SAMPLES, "copies of good ones fill the batch"
+    assert not batch.content.instances.masks[:, ANNOTATED].any(), "annotations stood in for labels"
+
+
+def test_an_unreadable_photo_is_named_and_replaced(tmp_path: Path) -> None:
+    (batch,) = store(tmp_path, unreadable=7).segmentation_batches(steps=1, batch_size=SAMPLES)
+    (bad,) = batch.bad
+    assert bad.key == key(7)
+    assert set(batch.content.image_ids) == set(range(SAMPLES)) - {7}
+    assert len(batch.content) == SAMPLES
+
+
+def test_a_batch_without_a_usable_sample_stops_the_stream(tmp_path: Path) -> None:
+    whole = store(tmp_path)
+    for shard in whole.manifest.shards:
+        (whole.dataset / f"{shard.name}.tar").unlink()
+    with pytest.raises(JobError, match=rf"{whole.dataset}: no usable sample in a batch; first: .*the shard is missing"):
+        whole.segmentation_batches(steps=1, batch_size=4)
