@@ -96,7 +96,7 @@ def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None
                 folder,
                 witness,
                 title=folder.run_name,
-                summary=f"{len(job.labels)} label sets of {job.dataset}, compared with its annotations.",
+                summary=f"{', '.join(job.labels)}: found in the photos of {job.dataset}, beside its annotations.",
                 stages=(),
                 trained=(),
                 rows=comparison.rows,

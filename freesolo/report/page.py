@@ -27,9 +27,18 @@ def render_page(report: Report) -> str:
     """The page as HTML text, to be written in UTF-8; the same report gives the same page.
 
     Args:
-        report: Any part but the title may be empty; the page then says in its place that there is none.
+        report: Any part but the title may be empty; the page then has no section for it.
     """
     curves = chart_data(report.curves)
+    sections = [
+        ("pipeline", "Pipeline", _pipeline(report.stages)),
+        ("results", "Results", _metrics(report.metric_rows)),
+        ("notes", "What this run can and cannot show", _paragraphs(report.notes)),
+        ("gallery", "Gallery", _asset("gallery.html") if report.gallery else ""),
+        ("curves", "Learning curves", _asset("curves.html") if curves else ""),
+        ("provenance", "Provenance", _provenance(report.provenance)),
+    ]
+    shown = [section for section in sections if section[2]]
     script = '"use strict";\n' + "\n".join(_asset(name) for name in SCRIPTS)
     return Template(_asset("page.html")).substitute(
         policy=_policy(script),
@@ -37,12 +46,8 @@ def render_page(report: Report) -> str:
         style=_asset("page.css"),
         summary=_paragraphs(report.summary.split("\n\n")),
         facts=escape(_facts(report)),
-        pipeline=_pipeline(report.stages),
-        metrics=_metrics(report.metric_rows),
-        notes=_paragraphs(report.notes) or _empty("Nothing was written about this run's limits."),
-        gallery=_asset("gallery.html") if report.gallery else _empty("No photos were chosen for a gallery."),
-        curves=_asset("curves.html") if curves else _empty("This run recorded no curves."),
-        provenance=_provenance(report.provenance),
+        contents="\n".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in shown),
+        sections="\n".join(_section(*section) for section in shown) or "<p>Nothing was recorded.</p>",
         data=_script_json({"gallery": gallery_data(report.gallery), "curves": curves}),
         script=script,
     )
@@ -79,9 +84,16 @@ def _facts(report: Report) -> str:
     return " · ".join(facts)
 
 
+def _section(name: str, title: str, content: str) -> str:
+    return (
+        f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">{title}</h2>\n'
+        f"{content}\n</section>"
+    )
+
+
 def _pipeline(stages: tuple[StageSummary, ...]) -> str:
     if not stages:
-        return _empty("No stages were recorded.")
+        return ""
     total = sum(stage.seconds or 0.0 for stage in stages)
     return '<ol class="pipeline">\n' + "\n".join(_stage(stage, total) for stage in stages) + "\n</ol>"
 
@@ -103,7 +115,7 @@ def _stage(stage: StageSummary, total_seconds: float) -> str:
 def _metrics(rows: tuple[MetricRow, ...]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     if not names:
-        return _empty("Nothing was measured in this run.")
+        return ""
     tables: dict[str, list[str]] = {}
     for name in names:
         tables.setdefault(name.rpartition("/")[0], []).append(name)
@@ -155,7 +167,7 @@ def _metric_cell(value: float | None, best: float | None) -> str:
 
 def _provenance(provenance: Mapping[str, str]) -> str:
     if not provenance:
-        return _empty("Nothing was recorded about where this run came from.")
+        return ""
     rows = (f"<dt>{escape(name)}</dt><dd>{_fact(value)}</dd>" for name, value in provenance.items())
     return '<dl class="provenance">\n' + "\n".join(rows) + "\n</dl>"
 
@@ -169,10 +181,6 @@ def _fact(value: str) -> str:
 
 def _paragraphs(paragraphs: tuple[str, ...] | list[str]) -> str:
     return "\n".join(f"<p>{escape(text.strip())}</p>" for text in paragraphs if text.strip())
-
-
-def _empty(text: str) -> str:
-    return f'<p class="empty">{escape(text)}</p>'
 
 
 def _counted(count: int, noun: str) -> str:

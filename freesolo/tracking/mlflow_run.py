@@ -6,8 +6,9 @@ Everything here may raise or take long; `freesolo.tracking.witness` is what a tr
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ TOKEN_TAG = "freesolo.token"
 
 _ITEMS_AT_ONCE = 100  # params or tags that MLflow takes in one request
 _METRICS_AT_ONCE = 1000
+_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 _DIGEST_LENGTH = 36  # characters of a data set's digest that MLflow keeps; the whole digest is a tag beside it
 
 
@@ -96,10 +98,10 @@ class MlflowRun:
         """Send entries of the journal, but for those that the server has from before a restart."""
         with _refusals():
             metrics = [
-                Metric(name, value, entry.time_ms, entry.step)
+                Metric(_spelled(name), value, entry.time_ms, entry.step)
                 for entry in entries
                 for name, value in entry.metrics.items()
-                if entry.step not in self._steps_known(name)
+                if entry.step not in self._steps_known(_spelled(name))
             ]
             self._log_metrics(metrics)
 
@@ -164,7 +166,7 @@ class MlflowRun:
             self._at.log_batch(self._id, metrics=chunk, synchronous=True)
 
     def _take_params(self, parcel: Parcel) -> None:
-        told: Mapping[str, str] = parcel.content["params"]
+        told = {_spelled(name): value for name, value in parcel.content["params"].items()}
         known = self._at.get_run(self._id).data.params
         new = [Param(name, value) for name, value in told.items() if name not in known]
         for start in range(0, len(new), _ITEMS_AT_ONCE):
@@ -174,14 +176,16 @@ class MlflowRun:
             raise Refused(f"MLflow keeps the first value of {', '.join(changed)}; the run now has another")
 
     def _take_tags(self, parcel: Parcel) -> None:
-        tags = [RunTag(name, value) for name, value in parcel.content["tags"].items()]
+        tags = [RunTag(_spelled(name), value) for name, value in parcel.content["tags"].items()]
         for start in range(0, len(tags), _ITEMS_AT_ONCE):
             self._at.log_batch(self._id, tags=tags[start : start + _ITEMS_AT_ONCE], synchronous=True)
 
     def _take_metrics(self, parcel: Parcel) -> None:
         content = parcel.content
         metrics = content["metrics"].items()
-        self._log_metrics([Metric(name, value, content["time_ms"], content["step"]) for name, value in metrics])
+        self._log_metrics(
+            [Metric(_spelled(name), value, content["time_ms"], content["step"]) for name, value in metrics]
+        )
 
     def _take_dataset(self, parcel: Parcel) -> None:
         content = parcel.content
@@ -221,6 +225,11 @@ class MlflowRun:
         # The names that `log_image` gives its files, and that MLflow's pages read back.
         start = f"images/{name.replace('/', '~')}+step+{step}+"
         return any(file.path.startswith(start) for file in self._at.list_artifacts(self._id, "images"))
+
+
+def _spelled(name: str) -> str:
+    """A name as MLflow takes it: a label set may be called "Free Mask (R50, 800 px)", its metrics may not."""
+    return _NOT_IN_NAMES.sub("_", name)
 
 
 @contextmanager

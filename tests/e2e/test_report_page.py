@@ -464,8 +464,8 @@ def test_little_to_show_is_shown_without_a_complaint(browser: Browser, tmp_path:
     panels = shown.page.locator("#photos .panel:visible").count()
     shown.context.close()
     assert shown.complaints == []
-    assert ("No photos were chosen" in text) == (not report.gallery)
-    assert ("recorded no curves" in text) == (not report.curves)
+    assert ("Gallery" in text) == bool(report.gallery)
+    assert ("Learning curves" in text) == bool(report.curves)
     assert panels == len(report.gallery)
     assert not any("NaN" in path or "Infinity" in path for path in drawn)
     if case == "a photo without masks":

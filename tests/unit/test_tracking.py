@@ -323,13 +323,31 @@ def test_a_parameter_that_a_resumed_run_changes_is_reported_and_the_others_arriv
 # --- what goes wrong -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "value"), [("a bad name: #?", 1.0), ("x" * 300, 1.0)], ids=["characters", "length"])
+def test_names_that_mlflow_refuses_are_respelled(
+    start: Callable[..., Running], run: TrackedRun, client: MlflowClient
+) -> None:
+    """A label set may have any name, and so its settings and metrics. A resumed run sends nothing twice."""
+    name = "labels.Free Mask (R50, 800 px)"
+    for step in range(2):
+        running = start(run)
+        running.witness.params({name: "s3://b/labels"})
+        running.witness.tags({name: "yes"})
+        running.journal.append(step, {name: 1.0})
+        delivery = running.end()
+        assert (delivery.undelivered, delivery.reason) == (0, None)
+    spelled = "labels.Free Mask _R50_ 800 px_"
+    told = client.get_run(str(running.witness.run_id)).data
+    assert told.params[spelled] == "s3://b/labels"
+    assert told.tags[spelled] == "yes"
+    assert history(client, running.witness.run_id, spelled) == [(0, 1.0), (1, 1.0)]
+
+
 def test_a_metric_that_mlflow_refuses_costs_no_other(
-    start: Callable[..., Running], run: TrackedRun, client: MlflowClient, name: str, value: float
+    start: Callable[..., Running], run: TrackedRun, client: MlflowClient
 ) -> None:
     running = start(run)
     running.journal.append(0, {"loss": 1.0})
-    running.journal.append(1, {name: value})
+    running.journal.append(1, {"x" * 300: 1.0})
     running.journal.append(2, {"loss": 3.0})
     delivery = running.end()
     assert delivery.undelivered == 1

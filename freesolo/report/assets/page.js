@@ -1,4 +1,4 @@
-// Starts what the page has; an empty section says so in its own words and has no view.
+// Starts what the page has: a section with nothing to show is not there.
 
 const pageData = JSON.parse(document.getElementById("page-data").textContent);
 const galleryView = document.getElementById("gallery-view");
