@@ -27,8 +27,16 @@ def connect(resources: ResourceSettings) -> None:
     # Nothing outside this machine can reach a cluster on its loopback, so it needs no tokens.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # A person watches this terminal: it shows the job's progress and errors. Ray's and its workers' words, which name
+    # processes and nodes, are in Ray's own logs.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     wanted = resources.workers * (resources.cpus_per_worker + DATA_CPUS_PER_WORKER)
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, wanted), logging_level=logging.WARNING)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, wanted),
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+    )
 
 
 def data_cpus(resources: ResourceSettings) -> float:

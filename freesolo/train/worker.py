@@ -25,7 +25,6 @@ from freesolo.data.files import is_local, join, write_atomic
 from freesolo.data.ingest import TrainingStream, configure_ray_data
 from freesolo.errors import JobError, UsageError
 from freesolo.ops.collectives import rank
-from freesolo.progress import progress as show_progress
 from freesolo.provenance import code_version, git_commit
 from freesolo.settings import LoopSettings, OptimizerSettings, ResourceSettings
 from freesolo.stages import StageFolder
@@ -35,6 +34,7 @@ from freesolo.train.checkpoint import load_checkpoint, save_checkpoint
 from freesolo.train.cluster import data_cpus
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
+from freesolo.train.steps_shown import steps_shown
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,6 +84,22 @@ class TrainingPlan:
         return join(self.folder.url, "model.pt")
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a worker's training ended.
+
+    Attributes:
+        metrics: The last ones.
+        error: Why all workers stopped. A result and not an exception, because Ray would start the workers again, to
+            meet the same end.
+        undelivered: What MLflow was not told, and why.
+    """
+
+    metrics: dict[str, float]
+    error: UsageError | JobError | None = None
+    undelivered: str | None = None
+
+
 def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, float]:
     """Train on the cluster's workers; goes on from the last checkpoint in the stage's folder.
 
@@ -95,10 +111,23 @@ def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, f
         JobError: Training stopped itself, or workers were lost more than `resources.max_failures` times.
     """
     cpus = data_cpus(resources)
+    with steps_shown(plan.folder.stage, plan.loop.steps) as board:
+        result = _trainer(plan, resources, {"plan": plan, "data_cpus": cpus / resources.workers, "board": board}).fit()
+    if result.error is not None:
+        raise JobError(f"{plan.folder.url}: training failed: {result.error}") from result.error
+    outcome: Outcome = result.return_value  # type: ignore[attr-defined]
+    if outcome.undelivered is not None:
+        _LOG.warning("MLflow: %s; later: freesolo deliver %s", outcome.undelivered, plan.folder.run_url)
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.metrics
+
+
+def _trainer(plan: TrainingPlan, resources: ResourceSettings, config: dict[str, Any]) -> TorchTrainer:
     storage = str(Path(plan.folder.url).resolve()) if is_local(plan.folder.url) else plan.folder.url
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's stubs are of Train V1, whose functions returned nothing
-        train_loop_config={"plan": plan, "data_cpus": cpus / resources.workers},
+        train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -114,26 +143,14 @@ def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, f
             checkpoint_config=CheckpointConfig(num_to_keep=plan.loop.keep_checkpoints),
         ),
     )
-    result = trainer.fit()
-    if result.error is not None:
-        raise JobError(f"{plan.folder.url}: training failed: {result.error}") from result.error
-    outcome: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
-    if "usage_error" in outcome:
-        raise UsageError(outcome["usage_error"])
-    if "job_error" in outcome:
-        raise JobError(outcome["job_error"])
-    return outcome["metrics"]  # type: ignore[no-any-return]
 
 
-def train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Train as one of Ray Train's workers.
-
-    Returns:
-        `metrics`, the last ones; or `job_error` or `usage_error`, the reason for which all workers stopped. Those are
-        results and not exceptions because Ray would start the workers again, to meet the same end.
-    """
+def train_worker(config: dict[str, Any]) -> Outcome:
+    """Train as one of Ray Train's workers."""
     plan: TrainingPlan = config["plan"]
     configure_ray_data(cpus=config["data_cpus"])
+    recorder: _RunRecorder | None = None
+    error: UsageError | JobError | None = None
     try:
         training = plan.build(ray.train.torch.get_device())
         checkpoint = ray.train.get_checkpoint()
@@ -141,7 +158,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
                 start = load_checkpoint(Path(folder), training.learner)
-        with _RunRecorder(plan, training, start) as recorder:
+        recorder = _RunRecorder(plan, training, start, config["board"])
+        with recorder:
             train(
                 training.learner,
                 training.stream,
@@ -151,22 +169,23 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
                 progress=start,
                 max_bad_samples=training.max_bad_samples,
             )
-            return {"metrics": recorder.last_metrics}
-    except UsageError as error:
-        return {"usage_error": str(error)}
-    except JobError as error:
-        return {"job_error": str(error)}
+    except (UsageError, JobError) as reason:
+        error = reason
+    if recorder is None:
+        return Outcome({}, error)
+    return Outcome(recorder.last_metrics, error, recorder.undelivered)
 
 
 class _RunRecorder:
     """Keeps what the loop tells: metrics and pictures by worker 0, checkpoints by all together."""
 
-    def __init__(self, plan: TrainingPlan, training: Training, start: Progress) -> None:
+    def __init__(self, plan: TrainingPlan, training: Training, start: Progress, board: Any) -> None:
         self._plan = plan
         self._training = training
         self._samples: list[tuple[int, tuple[int, ...]]] = []
-        self._step = start.step
+        self._board = board
         self.last_metrics: dict[str, float] = {}
+        self.undelivered: str | None = None
         self._leads = rank() == 0
         if self._leads:
             self._journal = Journal(plan.folder.url, resume_step=start.step + 1)
@@ -174,28 +193,23 @@ class _RunRecorder:
             self._witness.settings(plan.job)
             stream = training.stream
             self._witness.dataset(stream.dataset_url, stream.manifest.digest, stream.dataset_url)
-            self._bar = show_progress(plan.folder.stage, total=plan.loop.steps, unit="steps", done=start.step)
+            board.begin.remote(start.step)
 
     def __enter__(self) -> _RunRecorder:
-        if self._leads:
-            self._advance = self._bar.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._leads:
-            self._bar.__exit__(kind, error, trace)
             self._journal.flush()
             delivery = self._witness.close("FINISHED" if error is None else "FAILED")
             self._journal.close()
-            if delivery.reason is not None:
-                _LOG.warning("MLflow: %s; later: freesolo deliver %s", delivery, self._plan.folder.run_url)
+            self.undelivered = str(delivery) if delivery.reason is not None else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.last_metrics = values
         if self._leads:
             self._journal.append(step, values)
-            self._advance(step - self._step)
-        self._step = step
+            self._board.tell.remote(step)
 
     def samples(self, step: int, image_ids: tuple[int, ...]) -> None:
         if self._plan.loop.record_samples:

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from freesolo.data.scenes import compose_scenes
 from freesolo.data.shards import read_dataset_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -36,54 +38,53 @@ def freesolo(folder: Path, *arguments: str, code: int = 0) -> subprocess.Complet
     return run(folder, sys.executable, "-m", "freesolo.cli", *arguments, code=code)
 
 
+def make_demo(folder: Path, *variables: str) -> tuple[dict[str, Any], Path]:
+    """`make demo` at the size of a smoke test; its result and the page that it names, last."""
+    smoke = ("DEMO_CONFIG=configs/pipeline/smoke.yaml", "DEMO_SCENES=24", "DEMO_HELD_OUT=8")
+    *_, result, last = run(ROOT, "make", "demo", f"DEMO={folder}", *smoke, *variables).stdout.splitlines()
+    start, page = last.split("open ")
+    assert start == "demo: "
+    return json.loads(result), Path(page)
+
+
 def pipeline(folder: Path, *overrides: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    return run(
-        folder,
-        sys.executable,
-        str(ROOT / "jobs" / "run_pipeline.py"),
-        "--config",
-        str(ROOT / "configs" / "pipeline" / "smoke.yaml"),
-        "--run-name",
-        "smoke",
-        "--storage",
-        "runs",
-        *overrides,
-        code=code,
-    )
+    """The demo's run, submitted again."""
+    arguments = ("--config", str(ROOT / "configs" / "pipeline" / "smoke.yaml"), "--run-name", "demo")
+    arguments += ("--storage", "runs", "dataset=data/train", "evaluation_dataset=data/held-out", *overrides)
+    return run(folder, sys.executable, str(ROOT / "jobs" / "run_pipeline.py"), *arguments, code=code)
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path) -> dict[str, object]:
-    """The smoke pipeline on scenes, as `make demo` does it; its result."""
-    freesolo(folder, "demo-data", "photos", "--scenes", "24", "--held-out", "8")
-    packed = freesolo(folder, "pack", "photos/unlabelled", "data/train", "--samples-per-shard", "16", "--workers", "1")
-    assert "data/train: 32 photos in 2 shards" in packed.stdout
-    freesolo(folder, "pack", "photos/held-out/annotations.json", "data/held-out", "--workers", "1")
-    done = pipeline(folder, "dataset=data/train", "evaluation_dataset=data/held-out")
-    result: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+def demo(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The result of `make demo`, and its page."""
+    return make_demo(folder)
 
 
-def test_the_pipeline_ends_with_a_page_and_registered_models(folder: Path, finished: dict[str, object]) -> None:
+@pytest.fixture(scope="module")
+def finished(demo: tuple[dict[str, Any], Path]) -> dict[str, Any]:
+    """The result of `make demo`."""
+    return demo[0]
+
+
+def test_the_demo_ends_with_a_page_and_registered_models(demo: tuple[dict[str, Any], Path]) -> None:
+    finished, path = demo
     outputs = finished["outputs"]
-    assert isinstance(outputs, dict)
     assert outputs["SOLO on Free Masks"] == "models:/freesolo-smoke/1"
     assert outputs["SOLO round 1"] == "models:/freesolo-smoke/2"
-    page = (folder / outputs["report"]).read_text()
+    assert str(path) == outputs["report"]
+    page = path.read_text()
     for text in ("Free Mask", "SOLO on Free Masks", "SOLO round 1", "Annotations", "CorLoc"):
         assert text in page
-    metrics = finished["metrics"]
-    assert isinstance(metrics, dict)
-    assert metrics["Free_Mask/images"] == 8
-    assert 0 <= metrics["SOLO_round_1/segm/AP50"] <= 1
+    assert finished["metrics"]["Free_Mask/images"] == 8
+    assert 0 <= finished["metrics"]["SOLO_round_1/segm/AP50"] <= 1
 
 
-def test_mlflow_has_the_run_its_stages_and_their_models(folder: Path, finished: dict[str, object]) -> None:
+def test_mlflow_has_the_run_its_stages_and_their_models(folder: Path, finished: dict[str, Any]) -> None:
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("freesolo")
     assert experiment is not None
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    parent = runs.pop("smoke")
+    parent = runs.pop("demo")
     assert set(runs) == {
         *("pretrain", "free-masks", "solo-r0", "pseudo-labels-r1", "solo-r1"),
         *("held-out-free-masks", "held-out-solo-r0", "held-out-solo-r1"),
@@ -106,16 +107,16 @@ def test_mlflow_has_the_run_its_stages_and_their_models(folder: Path, finished: 
     assert set(client.get_registered_model("freesolo-smoke").aliases) == {"candidate", "champion"}
 
 
-def test_a_finished_run_is_not_done_again(folder: Path, finished: dict[str, object]) -> None:
-    again = pipeline(folder, "dataset=data/train", "evaluation_dataset=data/held-out")
+def test_a_finished_run_is_not_done_again(folder: Path, finished: dict[str, Any]) -> None:
+    again = pipeline(folder)
     assert json.loads(again.stdout.strip().splitlines()[-1]) == finished
-    other = pipeline(folder, "dataset=data/train", "evaluation_dataset=data/held-out", "train.loop.seed=7", code=2)
+    other = pipeline(folder, "train.loop.seed=7", code=2)
     assert "error: " in other.stderr
     assert "train.loop.seed: 0, now 7" in other.stderr
     assert "Traceback" not in other.stderr
 
 
-def test_the_champion_segments_a_photo(folder: Path, finished: dict[str, object]) -> None:
+def test_the_champion_segments_a_photo(folder: Path, finished: dict[str, Any]) -> None:
     photo = next((folder / "photos" / "held-out" / "images").glob("*.jpg"))
     model = "models:/freesolo-smoke@champion"
     arguments = ("predict", model, str(photo), "--out", "overlay.png", "--storage", "runs", "--short-side", "96")
@@ -127,10 +128,10 @@ def test_the_champion_segments_a_photo(folder: Path, finished: dict[str, object]
     assert "champion" in wrong.stderr.replace("chmpion", "")
 
 
-def test_everything_can_be_inspected_and_exported(folder: Path, finished: dict[str, object]) -> None:
-    run_report = freesolo(folder, "inspect", "runs/smoke").stdout
+def test_everything_can_be_inspected_and_exported(folder: Path, finished: dict[str, Any]) -> None:
+    run_report = freesolo(folder, "inspect", "runs/demo").stdout
     assert "solo-r1:" in run_report
-    labels = "runs/smoke/pseudo-labels-r1/labels"
+    labels = "runs/demo/pseudo-labels-r1/labels"
     assert "pseudo-labels" in freesolo(folder, "inspect", labels).stdout
     assert "whole (every byte read)" in freesolo(folder, "inspect", "data/train", "--verify").stdout
     freesolo(folder, "export", "coco", labels, "labels.json")
@@ -138,6 +139,24 @@ def test_everything_can_be_inspected_and_exported(folder: Path, finished: dict[s
     assert len(exported["images"]) == 32
     nothing = freesolo(folder, "inspect", "photos", code=2)
     assert "neither a data set, nor a label set, nor a run" in nothing.stderr
+
+
+def test_the_demo_takes_a_persons_own_photos(folder: Path, tmp_path: Path) -> None:
+    """Fewer than a batch of DenseCL, and one of them no photo at all."""
+    photos = tmp_path / "my photos"
+    compose_scenes(str(photos), 5, size=96, seed=5)
+    (photos / "notes.jpg").write_text("not a photo")
+    result, page = make_demo(folder, f"PHOTOS={photos}")
+    assert page.read_text().count('class="stage"') == 5
+    assert "CorLoc" not in page.read_text(), "an evaluation of photos without annotations"
+    assert set(result["outputs"]) == {"report", "SOLO on Free Masks", "SOLO round 1", "DenseCL"}
+    assert make_demo(folder, f"PHOTOS={photos}") == (result, page), "a finished run is done again"
+
+    name = page.parents[2].name
+    (photos / "notes.jpg").unlink()
+    would_do = run(ROOT, "make", "--dry-run", "demo", f"DEMO={folder}", f"PHOTOS={photos}").stdout
+    assert "--run-name own-" in would_do
+    assert name not in would_do, "the folder has other photos now: it is another run"
 
 
 def test_what_is_wrong_is_said_in_one_line(folder: Path) -> None:

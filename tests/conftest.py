@@ -1,4 +1,4 @@
-"""One local Ray cluster for all integration tests that want one."""
+"""One local Ray cluster for all tests that want one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,125 @@
+"""Each command that README shows is run: the stages here, at a tiny size; the others by the tests named here."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from freesolo import cli
+from freesolo.data.pack import pack
+from freesolo.data.scenes import compose_scenes
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.timeout(600),
+    # Ray Train's own: it uses deprecated calls of itself, and leaves sockets to the garbage collector.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+# How each other command begins, and where it is run.
+RUN_ELSEWHERE = {
+    "make demo": "tests/e2e/test_pipeline.py",
+    "make test": ".ci/run",
+    "freesolo pack": "tests/e2e/test_pipeline.py",
+    "python jobs/run_pipeline.py": "tests/e2e/test_pipeline.py",
+    "freesolo predict": "tests/e2e/test_pipeline.py",
+    "freesolo inspect": "tests/e2e/test_pipeline.py",
+    "freesolo export coco": "tests/e2e/test_pipeline.py",
+    "freesolo weights pull": "tests/unit/test_weights.py",
+    "freesolo deliver": "tests/unit/test_tracking.py",
+}
+
+# What makes a stage small enough: R50s as in README, but on thumbnails, for a step, on a CPU.
+ON_A_CPU = ("resources.workers=1", "resources.gpus_per_worker=0", "resources.cpus_per_worker=1")
+TINY = {
+    "pretrain_densecl": (
+        *("pretrain.views.size=32", "pretrain.model.hidden_channels=32", "pretrain.model.queue_length=8"),
+        *("pretrain.loop.steps=1", "pretrain.loop.batch_size=4", "pretrain.optimizer.learning_rate=0.0001"),
+    ),
+    # An untrained network's masks are noise: all of them are taken.
+    "extract_free_masks": (
+        *("extract.free_mask.short_side=64", "extract.free_mask.feature_level=4", "extract.free_mask.max_width=1"),
+        *("extract.free_mask.min_maskness=0", "extract.free_mask.top_border=0"),
+    ),
+    "train_solo": (
+        *("train.views.short_sides=[64]", "train.model.tower_channels=32", "train.model.fpn_channels=32"),
+        *("train.model.mask_tower_channels=32", "train.model.kernel_channels=32", "train.model.tower_convs=1"),
+        *("train.loop.steps=1", "train.loop.batch_size=2", "train.loop.overlay_every=0"),
+    ),
+    "predict": ("predict.short_side=64", "predict.inference.min_category_score=0", "predict.inference.min_score=0"),
+    "evaluate": (),
+}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def stage_commands() -> dict[str, list[str]]:
+    """The arguments of each stage's job, in README's order."""
+    words = [command.split(maxsplit=2) for command in readme_commands() if command.startswith("python jobs/")]
+    jobs = {Path(script).stem: shlex.split(arguments) for _, script, arguments in words}
+    jobs.pop("run_pipeline")
+    return jobs
+
+
+def test_each_command_is_run_somewhere() -> None:
+    stages = tuple(f"python jobs/{stage}.py" for stage in TINY)
+    for command in readme_commands():
+        assert command.startswith((*stages, *RUN_ELSEWHERE)), f"no test runs README's `{command}`"
+    for start, test in RUN_ELSEWHERE.items():
+        last_word = start.split()[-1].removeprefix("jobs/")
+        assert last_word in (ROOT / test).read_text(), f"{test} does not run `{start}`"
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a person who has packed photos, and annotated ones to evaluate on."""
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    compose_scenes("photos", 4, size=64, seed=0)
+    pack("photos/images", "data/photos")
+    pack(compose_scenes("held-out", 2, size=64, seed=1), "data/held-out")
+    return tmp_path
+
+
+def test_the_stages_one_after_the_other(
+    user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each takes what the one before it registered or wrote, as README says, and nothing else."""
+    results = {}
+    assert list(stage_commands()) == list(TINY)
+    for stage, arguments in stage_commands().items():
+        config = arguments.index("--config") + 1
+        arguments[config] = str(ROOT / arguments[config])
+        settings = (*ON_A_CPU, *TINY[stage]) if stage != "evaluate" else ()
+        monkeypatch.setattr(sys, "argv", [stage, *arguments, *settings])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "jobs" / f"{stage}.py"), run_name="__main__")
+        output, errors = capsys.readouterr()
+        assert ended.value.code == 0, errors[-4000:]
+        results[stage] = json.loads(output.splitlines()[-1])
+    assert results["pretrain_densecl"]["outputs"]["registered"] == "models:/densecl-r50/1"
+    assert results["extract_free_masks"]["counts"]["images"] == 4
+    assert results["train_solo"]["outputs"]["registered"] == "models:/freesolo-r50/1"
+    assert results["predict"]["counts"]["images"] == 2
+    assert results["evaluate"]["metrics"]["SOLO/images"] == 2
+    assert Path(results["evaluate"]["outputs"]["report"]).is_file()
+
+    assert cli.main(["deliver", "runs/r"]) == 0
+    delivered = capsys.readouterr().out.splitlines()
+    assert len(delivered) == len(TINY)
+    assert all("records delivered" in line and ": all " in line for line in delivered), delivered
