@@ -19,6 +19,7 @@ import pytest
 
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
+from tests.small import small_solo
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
@@ -93,15 +94,7 @@ def test_a_submitted_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path
                 "tracking": {"uri": "off"},
                 "train": {
                     "supervision": "masks",
-                    "model": {
-                        "backbone": "resnet18",
-                        "fpn_channels": 32,
-                        "tower_channels": 32,
-                        "tower_convs": 1,
-                        "mask_tower_channels": 32,
-                        "kernel_channels": 32,
-                        "grid_sizes": [8, 6, 4, 3, 2],
-                    },
+                    "model": small_solo().model_dump(mode="json"),
                     "views": {"short_sides": [64], "strong": False},
                     "optimizer": {"learning_rate": 0.01},
                     "loop": {"steps": 2, "batch_size": 4, "log_every": 1},

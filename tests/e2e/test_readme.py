@@ -14,16 +14,13 @@ import pytest
 from freesolo import cli
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
+from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.timeout(600),
-    # Ray Train's own: it uses deprecated calls of itself, and leaves sockets to the garbage collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    *IGNORE_WARNINGS_OF_RAY_TRAIN,
 ]
 
 # How each other command begins, and where it is run.

@@ -31,21 +31,14 @@ from freesolo.errors import JobError
 from freesolo.models.model_file import save_model
 from freesolo.models.resnet import build_resnet
 from freesolo.registry.versions import register_backbone
-from freesolo.settings import SoloModelSettings, TrackingSettings
+from freesolo.settings import TrackingSettings
 from freesolo.solo.model import Segmenter
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking.server import resolve_server
+from tests.small import small_solo
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "backbone": "resnet18",
-    "fpn_channels": 32,
-    "tower_channels": 32,
-    "tower_convs": 1,
-    "mask_tower_channels": 32,
-    "kernel_channels": 32,
-    "embedding_channels": 8,
-}
+MODEL = small_solo()
 
 
 @dataclass(frozen=True)
@@ -321,9 +314,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 9}))
     backbone = build_resnet("resnet18").initialise(torch.Generator().manual_seed(0))
     save_model(folder / "backbone.pt", "backbone", {"backbone": "resnet18"}, backbone.state_dict(), {})
-    settings = SoloModelSettings.model_validate_json(json.dumps(TINY))
-    segmenter = Segmenter(settings).initialise(torch.Generator().manual_seed(0))
-    save_model(folder / "segmenter.pt", "segmenter", settings.model_dump(), segmenter.state_dict(), {})
+    segmenter = Segmenter(MODEL).initialise(torch.Generator().manual_seed(0))
+    save_model(folder / "segmenter.pt", "segmenter", MODEL.model_dump(), segmenter.state_dict(), {})
     write_configurations(folder)
     (folder / "runs").mkdir()
     begin_run(folder)
@@ -360,7 +352,7 @@ def begin_run(folder: Path) -> None:
 def write_configurations(folder: Path) -> None:
     loop = {"steps": 3, "batch_size": 4}
     configurations = {
-        "train": {"dataset": "unset", "train": {"model": TINY, "loop": loop}},
+        "train": {"dataset": "unset", "train": {"model": MODEL.model_dump(mode="json"), "loop": loop}},
         "pretrain": {
             "dataset": "unset",
             "pretrain": {"model": {"backbone": "resnet34", "queue_length": 32}, "loop": loop},

@@ -26,21 +26,13 @@ from freesolo.inference.predict import predict_labels
 from freesolo.inference.segment import SegmentPhotos
 from freesolo.models.model_file import save_model
 from freesolo.ops.masks import decode_rle
-from freesolo.settings import InferenceSettings, PredictSettings, SoloModelSettings, TrackingSettings
+from freesolo.settings import InferenceSettings, PredictSettings, TrackingSettings
 from freesolo.solo.model import Segmenter
+from tests.small import small_solo
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
-TINY = SoloModelSettings(
-    backbone="resnet18",
-    fpn_channels=32,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
-    embedding_channels=8,
-    grid_sizes=(5, 4, 3, 2, 2),
-)
+TINY = small_solo(grid_sizes=(5, 4, 3, 2, 2))
 SETTINGS = PredictSettings(
     short_side=64,
     long_side_max=100,

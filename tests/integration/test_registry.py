@@ -33,23 +33,14 @@ from freesolo.ops.masks import boxes_xywh, decode_rle
 from freesolo.registry.champion import promote_if_better
 from freesolo.registry.versions import RegisteredVersion, register_backbone, register_segmenter
 from freesolo.registry.weights import resolve_weights
-from freesolo.settings import InferenceSettings, PredictSettings, SoloModelSettings, TrackingSettings
+from freesolo.settings import InferenceSettings, PredictSettings, TrackingSettings
 from freesolo.solo.model import Segmenter
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.server import TrackingServer, resolve_server
 from freesolo.tracking.witness import TrackedRun, Witness
+from tests.small import small_solo
 
-TINY = SoloModelSettings(
-    backbone="resnet18",
-    num_categories=2,
-    fpn_channels=32,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
-    embedding_channels=8,
-    grid_sizes=(5, 4, 3, 2, 2),
-)
+TINY = small_solo(num_categories=2, grid_sizes=(5, 4, 3, 2, 2))
 # An untrained network says about 0.01 of every cell: the best five are taken.
 PREDICT = PredictSettings(
     short_side=64,

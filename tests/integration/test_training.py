@@ -23,15 +23,13 @@ from freesolo.jobs import pretrain_stage, train_stage
 from freesolo.models.model_file import load_model
 from freesolo.stages import StageFolder
 from freesolo.tracking.journal import read_journal
+from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
+from tests.small import small_solo
 
 pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.timeout(600),
-    # Ray Train's own: it uses deprecated calls of itself, and leaves sockets to the garbage collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    *IGNORE_WARNINGS_OF_RAY_TRAIN,
 ]
 
 SCENES = 24
@@ -71,17 +69,7 @@ def solo_job(dataset: str, *, steps: int, **train: object) -> TrainJob:
         "dataset": dataset,
         "tracking": {"uri": "off"},
         "train": {
-            "model": {
-                "backbone": "resnet18",
-                "fpn_channels": 32,
-                "tower_channels": 32,
-                "tower_convs": 1,
-                "mask_tower_channels": 32,
-                "kernel_channels": 32,
-                "embedding_channels": 16,
-                "grid_sizes": [8, 6, 4, 3, 2],
-                "scale_ranges": [[1, 24], [12, 48], [24, 96], [48, 192], [96, 512]],
-            },
+            "model": small_solo().model_dump(mode="json"),
             "supervision": "masks",
             "views": {"short_sides": [64], "strong": False},
             "optimizer": {"learning_rate": 0.01},

@@ -19,16 +19,13 @@ from freesolo.data.pack import pack
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.jobs import pretrain_stage
 from freesolo.stages import StageFolder
+from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.timeout(900),
-    # Ray Train's own: it uses deprecated calls of itself, and leaves sockets to the garbage collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    *IGNORE_WARNINGS_OF_RAY_TRAIN,
 ]
 
 _LOG = logging.getLogger(__name__)

@@ -14,21 +14,12 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from freesolo.models.resnet import freeze_batch_norm
-from freesolo.settings import LossSettings, SoloModelSettings
+from freesolo.settings import LossSettings
 from freesolo.solo.task import SoloTask
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
+from tests.small import small_solo
 
-MODEL = SoloModelSettings(
-    backbone="resnet18",
-    fpn_channels=8,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
-    embedding_channels=4,
-    grid_sizes=(6, 5, 4, 3, 2),
-    scale_ranges=((1, 12), (6, 24), (12, 48), (24, 96), (48, 256)),
-)
+MODEL = small_solo()
 # Positives of worker 0 (images 0 and 1) and worker 1 (2 and 3) are on different levels, in different numbers.
 SPREAD = [(0, (4, 4, 12, 12)), (0, (30, 10, 60, 50)), (0, (2, 40, 20, 60)), (1, (0, 0, 64, 64)), (3, (20, 20, 24, 26))]
 # Worker 1 has no instances at all, but must take part in every sum and every gradient.

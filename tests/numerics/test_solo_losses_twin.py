@@ -13,25 +13,15 @@ import pytest
 import torch
 
 from freesolo.ops.affinity import colour_similarity
-from freesolo.settings import LossSettings, SoloModelSettings
+from freesolo.settings import LossSettings
 from freesolo.solo.head import SoloPredictions, SoloV2Head
 from freesolo.solo.losses import free_mask_losses, mask_losses
 from freesolo.solo.targets import assign_targets
 from freesolo.types import Instances
+from tests.small import small_solo
 
 HEIGHT, WIDTH = 64, 96
-MODEL = SoloModelSettings(
-    num_categories=2,
-    fpn_channels=8,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
-    embedding_channels=5,
-    grid_sizes=(8, 7, 5, 3, 2),
-    scale_ranges=((1, 12), (6, 24), (12, 48), (24, 96), (48, 256)),
-    centre_sigma=0.4,
-)
+MODEL = small_solo(num_categories=2, embedding_channels=5, grid_sizes=(8, 7, 5, 3, 2), centre_sigma=0.4)
 CELLS = sum(size * size for size in MODEL.grid_sizes)
 STEPS = [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
 

@@ -9,21 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from freesolo.settings import InferenceSettings, SoloModelSettings
+from freesolo.settings import InferenceSettings
 from freesolo.solo import postprocess
 from freesolo.solo.head import SoloPredictions, SoloV2Head
 from freesolo.solo.postprocess import instances_from_predictions
+from tests.small import small_solo
 
-MODEL = SoloModelSettings(
-    num_categories=2,
-    fpn_channels=8,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
-    embedding_channels=3,
-    grid_sizes=(5, 4, 3, 2, 1),
-)
+MODEL = small_solo(num_categories=2, embedding_channels=3, grid_sizes=(5, 4, 3, 2, 1))
 CELLS = 25 + 16 + 9 + 4 + 1
 HEIGHT, WIDTH = 32, 64
 

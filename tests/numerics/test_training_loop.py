@@ -16,22 +16,17 @@ from freesolo.config import PackJob
 from freesolo.data.order import Order, StreamState, worker_pieces
 from freesolo.errors import JobError, UsageError
 from freesolo.ops.collectives import rank
-from freesolo.settings import LoopSettings, LossSettings, OptimizerSettings, SoloModelSettings
+from freesolo.settings import LoopSettings, LossSettings, OptimizerSettings
 from freesolo.solo.task import SoloTask, concatenate
 from freesolo.train.checkpoint import load_checkpoint, save_checkpoint
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
+from tests.small import small_solo
 
 SIZE = 64
 SAMPLES = 10
-MODEL = SoloModelSettings(
-    backbone="resnet18",
-    fpn_channels=32,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
+MODEL = small_solo(
     embedding_channels=8,
     grid_sizes=(8, 6, 4, 3, 2),
     scale_ranges=((1, 24), (12, 48), (24, 96), (48, 192), (96, 512)),

@@ -11,21 +11,12 @@ from freesolo.errors import UsageError
 from freesolo.inference.segment import SegmentPhotos
 from freesolo.models.model_file import save_model
 from freesolo.ops.images import pad_to_batch
-from freesolo.settings import InferenceSettings, PredictSettings, SoloModelSettings
+from freesolo.settings import InferenceSettings, PredictSettings
 from freesolo.solo.model import Segmenter
 from freesolo.types import ImageBatch, Instances
+from tests.small import small_solo
 
-TINY = SoloModelSettings(
-    backbone="resnet18",
-    num_categories=2,
-    fpn_channels=32,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
-    embedding_channels=8,
-    grid_sizes=(5, 4, 3, 2, 2),
-)
+TINY = small_solo(num_categories=2, grid_sizes=(5, 4, 3, 2, 2))
 # An untrained network says about 0.01 of every cell: all of them are taken.
 EVERYTHING = InferenceSettings(min_category_score=0.0, min_score=0.0, max_instances=12)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from freesolo.settings import LossSettings, SoloModelSettings
+from freesolo.settings import LossSettings
 from freesolo.solo import losses as subject
 from freesolo.solo.head import SoloPredictions, SoloV2Head
 from freesolo.solo.losses import (
@@ -25,14 +25,9 @@ from freesolo.solo.losses import (
 )
 from freesolo.solo.targets import assign_targets
 from freesolo.types import GridTargets, Instances
+from tests.small import small_solo
 
-MODEL = SoloModelSettings(
-    fpn_channels=8,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
-    embedding_channels=4,
+MODEL = small_solo(
     grid_sizes=(4, 3, 2, 2, 1),
     scale_ranges=((1, 8), (6, 12), (10, 20), (16, 32), (24, 64)),
 )

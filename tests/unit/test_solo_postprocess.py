@@ -5,21 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freesolo.settings import InferenceSettings, SoloModelSettings
+from freesolo.settings import InferenceSettings
 from freesolo.solo.head import SoloPredictions, SoloV2Head
 from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.types import Instances
+from tests.small import small_solo
 
-MODEL = SoloModelSettings(
-    num_categories=2,
-    fpn_channels=8,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
-    embedding_channels=3,
-    grid_sizes=(4, 3, 2, 2, 1),
-)
+MODEL = small_solo(num_categories=2, embedding_channels=3, grid_sizes=(4, 3, 2, 2, 1))
 CELLS = 16 + 9 + 4 + 4 + 1
 LAST_CELL = CELLS - 1
 HEAD = SoloV2Head(MODEL)

@@ -9,21 +9,12 @@ import torch
 from torch.nn import functional
 
 from freesolo.models.resnet import freeze_batch_norm
-from freesolo.settings import LossSettings, SoloModelSettings
+from freesolo.settings import LossSettings
 from freesolo.solo.task import SoloTask, concatenate
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
+from tests.small import small_solo
 
-MODEL = SoloModelSettings(
-    backbone="resnet18",
-    fpn_channels=8,
-    tower_channels=32,
-    tower_convs=1,
-    mask_tower_channels=32,
-    kernel_channels=32,
-    embedding_channels=4,
-    grid_sizes=(6, 5, 4, 3, 2),
-    scale_ranges=((1, 12), (6, 24), (12, 48), (24, 96), (48, 256)),
-)
+MODEL = small_solo()
 
 
 def task(supervision: str = "free_masks", losses: LossSettings | None = None) -> SoloTask:
