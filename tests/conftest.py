@@ -8,19 +8,21 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from freesolo.train.cluster import OWN_CLUSTER
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A cluster of 8 CPUs, whatever the machine has: Ray Data needs some beside the workers of a test."""
+    """A cluster of 6 CPUs, whatever the machine has: Ray Data needs some beside the workers of a test."""
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        environment.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # stay on 127.0.0.1
+        for name, value in OWN_CLUSTER.items():
+            environment.setenv(name, value)
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         environment.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about a coming default
         ray.init(
             address="local",
-            num_cpus=8,
+            num_cpus=6,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,

@@ -10,7 +10,8 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from freesolo.errors import JobError, UsageError
-from freesolo.tracking.server import TrackingServer, explain, is_refusal, request_limits
+from freesolo.tracking.mlflow_run import is_refusal
+from freesolo.tracking.server import TrackingServer, explain, request_limits
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from freesolo.provenance import code_version
 from freesolo.registry.client import talking_to
 from freesolo.registry.served_model import ServedModel
 from freesolo.settings import PredictSettings
-from freesolo.tracking.server import TrackingServer, experiment_id
+from freesolo.tracking.mlflow_run import experiment_id
+from freesolo.tracking.server import TrackingServer
 
 CANDIDATE = "candidate"
 

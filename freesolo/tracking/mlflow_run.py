@@ -21,15 +21,18 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from PIL import Image, UnidentifiedImageError
 
+from freesolo.data.files import join
 from freesolo.errors import JobError
 from freesolo.tracking.courier import Refused
 from freesolo.tracking.journal import Entry
 from freesolo.tracking.record import RunRecord, read_record, write_record
-from freesolo.tracking.server import experiment_id, is_refusal, one_line, request_limits
+from freesolo.tracking.server import TrackingServer, one_line, request_limits
 from freesolo.tracking.spool import Parcel
 
 TOKEN_TAG = "freesolo.token"
 
+# What MLflow says when it will not take something however often it is offered.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 _ITEMS_AT_ONCE = 100  # params or tags that MLflow takes in one request
 _METRICS_AT_ONCE = 1000
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
@@ -225,6 +228,24 @@ class MlflowRun:
         # The names that `log_image` gives its files, and that MLflow's pages read back.
         start = f"images/{name.replace('/', '~')}+step+{step}+"
         return any(file.path.startswith(start) for file in self._at.list_artifacts(self._id, "images"))
+
+
+def is_refusal(error: MlflowException) -> bool:
+    """Whether MLflow will not take something however often it is offered."""
+    return error.error_code in _REFUSALS
+
+
+def experiment_id(client: MlflowClient, server: TrackingServer, name: str) -> str:
+    """MLflow's id of the experiment of that name, which is made where there is none.
+
+    Raises:
+        MlflowException: The server does not answer, or refuses.
+    """
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    location = None if server.artifact_root is None else join(server.artifact_root, name)
+    return str(client.create_experiment(name, artifact_location=location))
 
 
 def _spelled(name: str) -> str:

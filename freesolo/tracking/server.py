@@ -9,16 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
-
 from freesolo.data.files import is_local, join
 from freesolo.errors import UsageError
 from freesolo.settings import TrackingSettings
 from freesolo.tracking.courier import Refused
-
-# What MLflow says when it will not take something however often it is offered.
-_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +100,6 @@ def explain(uri: str, error: BaseException) -> str:
     if isinstance(cause, OSError) and cause.filename is None:
         return f"{uri} does not answer ({one_line(cause)})"
     return f"{uri}: {one_line(error)}"
-
-
-def is_refusal(error: MlflowException) -> bool:
-    """Whether MLflow will not take something however often it is offered."""
-    return error.error_code in _REFUSALS
-
-
-def experiment_id(client: MlflowClient, server: TrackingServer, name: str) -> str:
-    """MLflow's id of the experiment of that name, which is made where there is none.
-
-    Raises:
-        MlflowException: The server does not answer, or refuses.
-    """
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return str(experiment.experiment_id)
-    location = None if server.artifact_root is None else join(server.artifact_root, name)
-    return str(client.create_experiment(name, artifact_location=location))
 
 
 def one_line(error: BaseException) -> str:

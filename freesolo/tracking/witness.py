@@ -40,7 +40,6 @@ from freesolo.provenance import git_commit, package_version
 from freesolo.settings import Settings
 from freesolo.tracking.courier import Courier, Delivery
 from freesolo.tracking.journal import Journal
-from freesolo.tracking.mlflow_run import MlflowRun
 from freesolo.tracking.record import RECORD_NAME, RunRecord, read_record, write_record
 from freesolo.tracking.server import TrackingServer, explain
 from freesolo.tracking.spool import Bulk, Spool
@@ -84,17 +83,19 @@ class Witness:
         self._courier: Courier | None = None
         if run.server is None:
             return
+        # MLflow takes seconds to import: a process that tells it nothing need not wait for it.
+        from freesolo.tracking.mlflow_run import MlflowRun
+
         record = _open_record(run, run.server)
         self._spool = Spool(_spool_folder(record.token))
-        recipient = MlflowRun(run.run_url, record)
-        self._recipient = recipient
+        self._recipient = MlflowRun(run.run_url, record)
         if record.parent_run_url is not None:
             self._spool.put({"kind": "parent", "run_url": record.parent_run_url})
         self._journal = journal
         self._courier = Courier(
             journal,
             self._spool,
-            recipient,
+            self._recipient,
             explain=lambda error: explain(record.uri, error),
             sample=self._sample_machine,
             max_pause_seconds=max_pause_seconds,
@@ -193,6 +194,8 @@ def deliver_later(run_url: str, *, timeout: float | int = 60.0) -> Delivery:
         UsageError: The run has never had an MLflow run.
         UsageError, JobError: The run's folder cannot be read.
     """
+    from freesolo.tracking.mlflow_run import MlflowRun
+
     record = read_record(run_url)
     if record is None:
         raise UsageError(f"{run_url}: no {RECORD_NAME}: this run was never to be sent to MLflow")

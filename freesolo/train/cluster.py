@@ -12,6 +12,19 @@ from freesolo.settings import ResourceSettings
 
 DATA_CPUS_PER_WORKER = 2
 
+OWN_CLUSTER = {
+    # Nothing outside this machine can reach a cluster on its loopback, so it needs no tokens.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # A person watches this terminal: it shows the job's progress and errors. What Ray and its workers say of processes
+    # and nodes is in Ray's own logs.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Nobody takes this machine's only node away on notice, and asking its workers how they are costs nothing.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+"""Ray's settings, as environment variables, of a cluster that is started for a job; those that are set already stay."""
+
 
 def connect(resources: ResourceSettings) -> None:
     """Connect to the cluster that RAY_ADDRESS names, as it does in a submitted job, or start one on this machine.
@@ -24,12 +37,8 @@ def connect(resources: ResourceSettings) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         return
-    # Nothing outside this machine can reach a cluster on its loopback, so it needs no tokens.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # A person watches this terminal: it shows the job's progress and errors. Ray's and its workers' words, which name
-    # processes and nodes, are in Ray's own logs.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name, value in OWN_CLUSTER.items():
+        os.environ.setdefault(name, value)
     wanted = resources.workers * (resources.cpus_per_worker + DATA_CPUS_PER_WORKER)
     ray.init(
         address="local",

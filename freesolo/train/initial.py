@@ -10,7 +10,6 @@ import ray
 from torch import Tensor
 
 from freesolo.models.weights import read_state_dict
-from freesolo.registry.weights import resolve_weights
 from freesolo.settings import TrackingSettings
 from freesolo.tracking.server import resolve_server
 
@@ -57,6 +56,9 @@ def read_initial_weights(reference: str | None, tracking: TrackingSettings, stor
     """
     if reference is None:
         return None
+    # The registry is MLflow's, which takes seconds to import: workers, who only fetch, need not wait for it.
+    from freesolo.registry.weights import resolve_weights
+
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve_weights(reference, Path(folder), server=resolve_server(tracking, storage))
         return InitialWeights(reference, read_state_dict(resolved.path))

@@ -19,6 +19,9 @@ import pytest
 
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
+from freesolo.data.shards import read_dataset_manifest
+from freesolo.models.model_file import load_model
+from freesolo.tracking.journal import read_journal
 from tests.small import small_solo
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +110,8 @@ def test_a_submitted_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path
     command += ["--storage", str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    assert (tmp_path / "runs" / "submitted" / "solo" / "model.pt").is_file()
-    result = json.loads((tmp_path / "runs" / "submitted" / "solo" / "result.json").read_text())
-    assert result["counts"] == {"images": 8, "steps": 2}
+    stage = tmp_path / "runs" / "submitted" / "solo"
+    assert json.loads((stage / "result.json").read_text())["counts"] == {"images": 8, "steps": 2}
+    model = load_model(stage / "model.pt", "segmenter")
+    assert model.lineage["dataset_digest"] == read_dataset_manifest(str(tmp_path / "data")).digest
+    assert [entry.step for entry in read_journal(str(stage))] == [1, 2]

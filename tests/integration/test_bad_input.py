@@ -229,6 +229,11 @@ CASES = {
         2,
         ("{folder}/runs/begun/solo", "train.model.backbone: 'resnet18', now 'resnet34'", "another --run-name"),
     ),
+    "published weights of another name": Case(
+        "freesolo weights pull densecl-r50-imagenett --to {folder}/new",
+        2,
+        ("densecl-r50-imagenett", "densecl-r50-imagenet"),
+    ),
     # The registry.
     "unknown alias": Case(
         predict_photo("models:/backbone@nope"), 2, ("models:/backbone@nope", "no such alias", "@candidate")
