@@ -32,7 +32,7 @@ from tests.small import small_solo
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.timeout(600)]
 
-TINY = small_solo(grid_sizes=(5, 4, 3, 2, 2))
+TINY = small_solo(fpn_channels=32, embedding_channels=8, grid_sizes=(5, 4, 3, 2, 2))
 SETTINGS = PredictSettings(
     short_side=64,
     long_side_max=100,

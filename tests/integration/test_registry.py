@@ -40,7 +40,7 @@ from freesolo.tracking.server import TrackingServer, resolve_server
 from freesolo.tracking.witness import TrackedRun, Witness
 from tests.small import small_solo
 
-TINY = small_solo(num_categories=2, grid_sizes=(5, 4, 3, 2, 2))
+TINY = small_solo(num_categories=2, fpn_channels=32, embedding_channels=8, grid_sizes=(5, 4, 3, 2, 2))
 # An untrained network says about 0.01 of every cell: the best five are taken.
 PREDICT = PredictSettings(
     short_side=64,

@@ -16,7 +16,7 @@ from freesolo.solo.model import Segmenter
 from freesolo.types import ImageBatch, Instances
 from tests.small import small_solo
 
-TINY = small_solo(num_categories=2, grid_sizes=(5, 4, 3, 2, 2))
+TINY = small_solo(num_categories=2, fpn_channels=32, embedding_channels=8, grid_sizes=(5, 4, 3, 2, 2))
 # An untrained network says about 0.01 of every cell: all of them are taken.
 EVERYTHING = InferenceSettings(min_category_score=0.0, min_score=0.0, max_instances=12)
 
