@@ -1,18 +1,45 @@
-"""One local Ray cluster for all tests that want one."""
+"""One Ray cluster and one S3 server for all tests that want them."""
 
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterator
 
 import pytest
 import ray
+from s3fs import S3FileSystem
 
 from freesolo.train.cluster import OWN_CLUSTER
+from tests.servers import S3Server
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Known to the cluster from its start; started by the first test that wants a bucket."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket, and the environment of a person who may use it."""
+    if not s3_server.running:
+        s3_server.start()
+    for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # fsspec keeps one connected client a process
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_server: S3Server) -> Iterator[None]:
     """A cluster of 6 CPUs, whatever the machine has: Ray Data needs some beside the workers of a test."""
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
@@ -20,14 +47,17 @@ def ray_cluster() -> Iterator[None]:
             environment.setenv(name, value)
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         environment.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about a coming default
-        ray.init(
-            address="local",
-            num_cpus=6,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=512 * 2**20,
-        )
+        with pytest.MonkeyPatch.context() as of_workers:  # as on a cluster, whose pods have credentials of their own
+            for name, value in s3_server.environment.items():
+                of_workers.setenv(name, value)
+            ray.init(
+                address="local",
+                num_cpus=6,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                object_store_memory=512 * 2**20,
+            )
         try:
             yield
         finally:

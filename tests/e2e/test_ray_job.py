@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from freesolo.data.pack import pack
@@ -22,6 +17,7 @@ from freesolo.data.scenes import compose_scenes
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.models.model_file import load_model
 from freesolo.tracking.journal import read_journal
+from tests.servers import RayHead
 from tests.small import small_solo
 
 ROOT = Path(__file__).parents[2]
@@ -29,64 +25,19 @@ RAY = str(Path(sys.executable).parent / "ray")
 pytestmark = pytest.mark.timeout(900)
 
 
-def free_ports(count: int) -> list[int]:
-    listeners = [socket.socket() for _ in range(count)]
-    for listener in listeners:
-        listener.bind(("127.0.0.1", 0))
-    ports = [int(listener.getsockname()[1]) for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
-
-
 @pytest.fixture
-def head() -> Iterator[tuple[str, dict[str, str]]]:
-    """A head node of its own; its dashboard's address and the environment to submit from."""
-    port, dashboard_port, client_port, agent_port = free_ports(4)
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    }
-    environment.pop("RAY_ADDRESS", None)
+def head() -> Iterator[RayHead]:
+    """A head node of its own."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:  # sockets need short names
-        command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard_port}"]
-        command += [f"--ray-client-server-port={client_port}", f"--dashboard-agent-listen-port={agent_port}"]
-        command += ["--node-ip-address=127.0.0.1", "--num-cpus=4", f"--temp-dir={folder}", "--include-dashboard=true"]
-        with Path(folder, "head.log").open("w") as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            address = f"http://127.0.0.1:{dashboard_port}"
-            try:
-                _wait_for(f"{address}/api/version", process)
-                yield address, environment
-            finally:
-                _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop the head node: this process and those that it started, no others."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait(30)
-
-
-def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "ray start failed"
+        server = RayHead(Path(folder), num_cpus=4)
         try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"{url} does not answer")
+            server.start()
+            yield server
+        finally:
+            server.kill()
 
 
-def test_a_submitted_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
-    address, environment = head
+def test_a_submitted_job_trains(head: RayHead, tmp_path: Path) -> None:
     annotations = compose_scenes(str(tmp_path / "scenes"), 8, size=96, seed=0)
     pack(annotations, str(tmp_path / "data"))
     config = tmp_path / "train.yaml"
@@ -106,8 +57,9 @@ def test_a_submitted_job_trains(head: tuple[str, dict[str, str]], tmp_path: Path
         )
     )
     job = [sys.executable, "jobs/train_solo.py", "--config", str(config), "--run-name", "submitted"]
-    command = [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *job]
+    command = [RAY, "job", "submit", "--address", head.url, "--working-dir", ".", "--", *job]
     command += ["--storage", str(tmp_path / "runs")]
+    environment = {**os.environ, **head.settings()}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     stage = tmp_path / "runs" / "submitted" / "solo"

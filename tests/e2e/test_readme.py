@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from freesolo import cli
+from freesolo.data.files import read_bytes
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
@@ -27,7 +28,7 @@ pytestmark = [
 RUN_ELSEWHERE = {
     "make demo": "tests/e2e/test_pipeline.py",
     "make test": ".ci/run",
-    "freesolo pack": "tests/e2e/test_pipeline.py",
+    "freesolo pack": "Makefile",
     "python jobs/run_pipeline.py": "tests/e2e/test_pipeline.py",
     "freesolo predict": "tests/e2e/test_pipeline.py",
     "freesolo inspect": "tests/e2e/test_pipeline.py",
@@ -81,27 +82,25 @@ def test_each_command_is_run_somewhere() -> None:
         assert last_word in (ROOT / test).read_text(), f"{test} does not run `{start}`"
 
 
-@pytest.fixture
-def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a person who has packed photos, and annotated ones to evaluate on."""
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    compose_scenes("photos", 4, size=64, seed=0)
-    pack("photos/images", "data/photos")
-    pack(compose_scenes("held-out", 2, size=64, seed=1), "data/held-out")
-    return tmp_path
+def in_the_bucket(bucket: str, argument: str) -> str:
+    """README's argument with a bucket's URL for each of its folders: all that a cluster changes."""
+    return re.sub(r"(?<![\w/])(data/|runs\b)", rf"{bucket}/\1", argument)
 
 
-def test_the_stages_one_after_the_other(
-    user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_stages_one_after_the_other_on_object_storage(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each takes what the one before it registered or wrote, as README says, and nothing else."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    compose_scenes(f"{bucket}/photos", 4, size=64, seed=0)
+    pack(f"{bucket}/photos/images", f"{bucket}/data/photos")
+    pack(compose_scenes(f"{bucket}/held-out", 2, size=64, seed=1), f"{bucket}/data/held-out")
+
     results = {}
     assert list(stage_commands()) == list(TINY)
-    for stage, arguments in stage_commands().items():
-        config = arguments.index("--config") + 1
-        arguments[config] = str(ROOT / arguments[config])
+    for stage, readme in stage_commands().items():
+        arguments = [in_the_bucket(bucket, argument) for argument in readme]
         settings = (*ON_A_CPU, *TINY[stage]) if stage != "evaluate" else ()
         monkeypatch.setattr(sys, "argv", [stage, *arguments, *settings])
         with pytest.raises(SystemExit) as ended:
@@ -114,9 +113,10 @@ def test_the_stages_one_after_the_other(
     assert results["train_solo"]["outputs"]["registered"] == "models:/freesolo-r50/1"
     assert results["predict"]["counts"]["images"] == 2
     assert results["evaluate"]["metrics"]["SOLO/images"] == 2
-    assert Path(results["evaluate"]["outputs"]["report"]).is_file()
+    report = read_bytes(results["evaluate"]["outputs"]["report"])
+    assert report.startswith(b"<!doctype html>")
 
-    assert cli.main(["deliver", "runs/r"]) == 0
+    assert cli.main(["deliver", f"{bucket}/runs/r"]) == 0
     delivered = capsys.readouterr().out.splitlines()
     assert len(delivered) == len(TINY)
     assert all("records delivered" in line and ": all " in line for line in delivered), delivered

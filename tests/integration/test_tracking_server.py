@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,85 +30,26 @@ from freesolo.tracking.journal import Journal, read_journal
 from freesolo.tracking.record import read_record
 from freesolo.tracking.server import TrackingServer, resolve_server
 from freesolo.tracking.witness import TrackedRun, Witness, deliver_later
+from tests.servers import MlflowServer
 
 pytestmark = [
     # Said when `mlflow.pyfunc` is imported, of MLflow's own types.
     pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning:mlflow.utils.warnings_utils"),
 ]
 
-START_SECONDS = 90.0
 AT_ONCE = 0.5  # seconds that a call of the training side may take, on a machine that is busy
 
 
-class Server:
-    """A `mlflow server` on loopback that can be stopped and started again with the same data."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None
-
-    def start(self) -> None:
-        assert not self.running
-        quiet = {
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "DO_NOT_TRACK": "true",
-        }
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env={**os.environ, **quiet}, stdout=log, stderr=log, start_new_session=True, cwd=self._folder
-            )
-        deadline = time.monotonic() + START_SECONDS
-        while not self._answers():
-            assert self._process.poll() is None, (self._folder / "server.log").read_text()[-3000:]
-            assert time.monotonic() < deadline, (self._folder / "server.log").read_text()[-3000:]
-            time.sleep(0.1)
-
-    def kill(self) -> None:
-        """Without warning, with the workers that it started."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own session: nothing else is in the group
-            self._process.wait()
-            self._process = None
-
-    def pause(self) -> None:
-        """Hang: connections are taken, nothing is answered."""
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGCONT)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
-
-
 @pytest.fixture(scope="session")
-def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     """One for all tests, because it takes seconds to start; some tests kill it."""
-    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
     yield server
     server.kill()
 
 
 @pytest.fixture
-def server(one_server: Server) -> Server:
+def server(one_server: MlflowServer) -> MlflowServer:
     """A server that is running."""
     if not one_server.running:
         one_server.start()
@@ -119,12 +57,12 @@ def server(one_server: Server) -> Server:
 
 
 @pytest.fixture
-def run(one_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackedRun:
+def run(one_server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackedRun:
     """A run that nobody knows yet, on a machine where nothing is spooled."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    tracking = resolve_server(TrackingSettings(uri=one_server.uri), "memory://runs")
-    assert tracking == TrackingServer(one_server.uri)
+    tracking = resolve_server(TrackingSettings(uri=one_server.url), "memory://runs")
+    assert tracking == TrackingServer(one_server.url)
     return TrackedRun(str(tmp_path / "runs" / "solo"), "solo", tmp_path.name, tracking)
 
 
@@ -157,7 +95,7 @@ def losses(steps: range) -> list[tuple[int, float]]:
 
 
 def test_a_server_gets_the_whole_of_a_run(
-    server: Server, run: TrackedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: MlflowServer, run: TrackedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = Journal(run.run_url)
     witness = Witness(run, journal)
@@ -169,19 +107,19 @@ def test_a_server_gets_the_whole_of_a_run(
     journal.close()
     assert (delivery.undelivered, delivery.reason) == (0, None)
     assert capsys.readouterr().out == ""  # a job's last line there is its result
-    client = MlflowClient(server.uri)
+    client = MlflowClient(server.url)
     told = client.get_run(str(witness.run_id))
     assert told.info.status == "FINISHED"
     assert told.data.params["pretrain.loop.steps"] == "3"
     assert told.inputs.dataset_inputs[0].dataset.name == "photos"
-    assert history(server.uri, witness.run_id) == losses(range(50))
+    assert history(server.url, witness.run_id) == losses(range(50))
     config = client.download_artifacts(told.info.run_id, "config.yaml", str(tmp_path))
     assert "batch_size: 32" in Path(config).read_text()
     images = client.list_artifacts(told.info.run_id, "images")
     assert len([file for file in images if file.path.endswith(".png")]) == 5
 
 
-def test_a_server_that_hangs_does_not_hold_up_the_run(server: Server, run: TrackedRun) -> None:
+def test_a_server_that_hangs_does_not_hold_up_the_run(server: MlflowServer, run: TrackedRun) -> None:
     journal = Journal(run.run_url)
     witness = Witness(run, journal)
     train(journal, witness, range(10))
@@ -200,7 +138,7 @@ def test_a_server_that_hangs_does_not_hold_up_the_run(server: Server, run: Track
 
 
 def test_a_worker_that_is_killed_is_continued_by_another_process(
-    server: Server, run: TrackedRun, tmp_path: Path
+    server: MlflowServer, run: TrackedRun, tmp_path: Path
 ) -> None:
     """As Ray does it: worker 0 dies without warning, and a new one goes on after the last checkpoint."""
     script = f"""
@@ -223,7 +161,7 @@ os.kill(os.getpid(), 9)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-3000:]
     record = read_record(run.run_url)
     assert record is not None
-    assert history(server.uri, record.run_id) == losses(range(20))
+    assert history(server.url, record.run_id) == losses(range(20))
 
     journal = Journal(run.run_url, resume_step=10)
     assert len(journal) == 10
@@ -232,14 +170,14 @@ os.kill(os.getpid(), 9)
     assert witness.close(timeout=60).reason is None
     journal.close()
     assert witness.run_id == record.run_id
-    assert history(server.uri, witness.run_id) == losses(range(30))
+    assert history(server.url, witness.run_id) == losses(range(30))
     assert [entry.step for entry in read_journal(run.run_url)] == list(range(30))
-    experiment = MlflowClient(server.uri).get_experiment_by_name(run.experiment).experiment_id
-    assert len(MlflowClient(server.uri).search_runs([experiment])) == 1
+    experiment = MlflowClient(server.url).get_experiment_by_name(run.experiment).experiment_id
+    assert len(MlflowClient(server.url).search_runs([experiment])) == 1
 
 
-def test_models_go_through_a_server(server: Server, run: TrackedRun, tmp_path: Path) -> None:
-    tracking = TrackingServer(server.uri)
+def test_models_go_through_a_server(server: MlflowServer, run: TrackedRun, tmp_path: Path) -> None:
+    tracking = TrackingServer(server.url)
     journal = Journal(run.run_url)
     witness = Witness(run, journal)
     assert witness.close(timeout=60).reason is None
@@ -255,18 +193,18 @@ def test_models_go_through_a_server(server: Server, run: TrackedRun, tmp_path: P
         resolved = resolve_weights("models:/backbone@candidate", tmp_path / "cache", server=tracking)
         assert resolved.path.read_bytes() == file.read_bytes()
     assert resolve_weights("models:/backbone@champion", tmp_path / "cache", server=tracking).version == "1"
-    version = MlflowClient(server.uri).get_model_version("backbone", "1")
+    version = MlflowClient(server.url).get_model_version("backbone", "1")
     assert version.run_id == witness.run_id
 
 
 # --- these kill the server, and come last because each start takes seconds -----------------------------------------
 
 
-def test_a_server_that_is_killed_midway_and_comes_back_gets_all_once(server: Server, run: TrackedRun) -> None:
+def test_a_server_that_is_killed_midway_and_comes_back_gets_all_once(server: MlflowServer, run: TrackedRun) -> None:
     journal = Journal(run.run_url)
     witness = Witness(run, journal, max_pause_seconds=1.0)
     train(journal, witness, range(20))
-    until(lambda: witness.run_id is not None and len(history(server.uri, witness.run_id)) == 20)
+    until(lambda: witness.run_id is not None and len(history(server.url, witness.run_id)) == 20)
     server.kill()
     assert train(journal, witness, range(20, 60)) < AT_ONCE
     journal.flush()
@@ -275,15 +213,15 @@ def test_a_server_that_is_killed_midway_and_comes_back_gets_all_once(server: Ser
     delivery = witness.close(timeout=60)
     journal.close()
     assert (delivery.undelivered, delivery.reason) == (0, None)
-    assert history(server.uri, witness.run_id) == losses(range(60))
-    assert MlflowClient(server.uri).get_run(str(witness.run_id)).info.status == "FINISHED"
+    assert history(server.url, witness.run_id) == losses(range(60))
+    assert MlflowClient(server.url).get_run(str(witness.run_id)).info.status == "FINISHED"
 
 
-def test_a_server_that_never_comes_back_is_reported_and_told_later(server: Server, run: TrackedRun) -> None:
+def test_a_server_that_never_comes_back_is_reported_and_told_later(server: MlflowServer, run: TrackedRun) -> None:
     journal = Journal(run.run_url)
     witness = Witness(run, journal, max_pause_seconds=1.0)
     train(journal, witness, range(20))
-    until(lambda: witness.run_id is not None and len(history(server.uri, witness.run_id)) == 20)
+    until(lambda: witness.run_id is not None and len(history(server.url, witness.run_id)) == 20)
     server.kill()
     train(journal, witness, range(20, 50))
     began = time.monotonic()
@@ -291,21 +229,21 @@ def test_a_server_that_never_comes_back_is_reported_and_told_later(server: Serve
     assert time.monotonic() - began < 5.0
     journal.close()
     assert delivery.undelivered >= 33  # 30 entries, 3 pictures, perhaps samples of the machine
-    assert f"{server.uri} does not answer" in str(delivery.reason)
+    assert f"{server.url} does not answer" in str(delivery.reason)
     assert str(delivery).startswith(f"{delivery.undelivered} of {delivery.sent + delivery.undelivered} records not")
 
     server.start()
     later = deliver_later(run.run_url)
     assert (later.undelivered, later.reason) == (0, None)
-    assert history(server.uri, witness.run_id) == losses(range(50))
+    assert history(server.url, witness.run_id) == losses(range(50))
     record = read_record(run.run_url)
     assert record is not None
     assert record.run_id == witness.run_id
-    images = MlflowClient(server.uri).list_artifacts(str(record.run_id), "images")
+    images = MlflowClient(server.url).list_artifacts(str(record.run_id), "images")
     assert len([file for file in images if file.path.endswith(".png")]) == 5
 
 
-def test_a_server_that_is_down_at_the_start_and_comes_later_gets_all(one_server: Server, run: TrackedRun) -> None:
+def test_a_server_that_is_down_at_the_start_and_comes_later_gets_all(one_server: MlflowServer, run: TrackedRun) -> None:
     one_server.kill()
     journal = Journal(run.run_url)
     began = time.monotonic()
@@ -319,4 +257,4 @@ def test_a_server_that_is_down_at_the_start_and_comes_later_gets_all(one_server:
     delivery = witness.close(timeout=60)
     journal.close()
     assert (delivery.undelivered, delivery.reason) == (0, None)
-    assert history(one_server.uri, witness.run_id) == losses(range(60))
+    assert history(one_server.url, witness.run_id) == losses(range(60))

@@ -22,8 +22,10 @@ def fresh_s3() -> Iterator[None]:
     S3FileSystem.clear_instance_cache()
 
 
-@pytest.fixture(params=["path", "file", "memory"])
+@pytest.fixture(params=["path", "file", "memory", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/a folder"
     return {
         "path": str(tmp_path / "a folder"),
         "file": f"file://{tmp_path}/a folder",
@@ -164,6 +166,36 @@ def test_a_file_in_place_of_a_folder_is_explained(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a folder where a file should be, or the reverse"):
         files.write_atomic(str(tmp_path / "x" / "y"), b"1")
     assert not files.exists(str(tmp_path / "x" / "y"))
+
+
+def test_a_large_object_goes_in_parts_and_comes_back_whole(bucket: str) -> None:
+    """More than one part of a multipart upload, and several blocks of a stream."""
+    data = bytes(range(256)) * (60 * 4096)  # 60 MiB
+    url = files.join(bucket, "large")
+    with files.atomic_writer(url) as stream:
+        stream.write(data)
+    assert files.size(url) == len(data)
+    with files.open_stream(url) as stream:
+        assert stream.read(1000) == data[:1000]
+        assert stream.read() == data[1000:]
+
+
+def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
+    missing = f"{bucket}-missing/x"
+    assert not files.exists(missing)
+    for act in (files.read_bytes, lambda url: files.write_atomic(url, b"1")):
+        with pytest.raises(UsageError, match=rf"^{missing}: no such file or bucket; check the URL"):
+            act(missing)
+
+
+@pytest.mark.usefixtures("fresh_s3")
+def test_a_key_that_the_store_does_not_take_is_explained(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_atomic(f"{bucket}/x", b"1")
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "guessed")
+    for act in (files.read_bytes, files.exists, lambda url: files.write_atomic(url, b"2")):
+        with pytest.raises(UsageError, match=rf"^{bucket}/x: access denied .*; check the credentials"):
+            act(f"{bucket}/x")
 
 
 @pytest.mark.usefixtures("fresh_s3")
