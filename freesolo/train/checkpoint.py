@@ -1,21 +1,32 @@
-"""Checkpoints: a folder with everything that a run needs to go on as if it had never stopped."""
+"""Checkpoints: a folder with everything that a run needs to go on as if it had never stopped.
+
+learner.pt      weights, momentum encoder and queues, optimiser, running average
+progress.json   step, what of the data was consumed, settings, commit; checksums of the other file and of itself
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from freesolo.data.documents import canonical_digest
 from freesolo.data.order import StreamState
-from freesolo.errors import UsageError
+from freesolo.errors import JobError, UsageError
+from freesolo.models.download import sha256_of_file
 from freesolo.settings import Settings
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _WEIGHTS = "learner.pt"
 _PROGRESS = "progress.json"
+
+
+class DamagedCheckpointError(JobError):
+    """A checkpoint that is not what was saved: files missing, cut short or altered."""
 
 
 def save_checkpoint(folder: Path, learner: Learner, progress: Progress, settings: Settings, git_commit: str) -> None:
@@ -37,22 +48,20 @@ def save_checkpoint(folder: Path, learner: Learner, progress: Progress, settings
         "settings": settings.model_dump(mode="json"),
         "git_commit": git_commit,
         "torch_version": torch.__version__,
+        "sha256": {_WEIGHTS: sha256_of_file(folder / _WEIGHTS)},
     }
+    record["digest"] = canonical_digest(record)
     (folder / _PROGRESS).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def load_checkpoint(folder: Path, learner: Learner) -> Progress:
-    """Put the learner into the state that was saved.
+    """Put the learner into the state that was saved; one that cannot be used leaves the learner as it was.
 
     Raises:
-        UsageError: The checkpoint is of another architecture or of a newer format.
+        DamagedCheckpointError: A file is missing, or not the one that was saved.
+        UsageError: The checkpoint is of another architecture or of another format.
     """
-    record = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-    if record["format_version"] > FORMAT_VERSION:
-        raise UsageError(
-            f"checkpoint {folder}: written in format {record['format_version']}, this freesolo reads up to "
-            f"{FORMAT_VERSION}; upgrade it"
-        )
+    record = _read_record(folder)
     state = torch.load(folder / _WEIGHTS, map_location=learner.device, weights_only=True)
     try:
         learner.load_state_dict(state)
@@ -60,3 +69,25 @@ def load_checkpoint(folder: Path, learner: Learner) -> Progress:
         first = str(error).split("\n")[1 if "\n" in str(error) else 0].strip()
         raise UsageError(f"checkpoint {folder}: of another architecture than this run's settings: {first}") from error
     return Progress(record["step"], StreamState.from_json(record["stream"]), record["bad_samples"])
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """`progress.json`, when it and what it names are as they were saved."""
+    try:
+        record: dict[str, Any] = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+        version, digest = record["format_version"], record.pop("digest", None)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpointError(f"checkpoint {folder}: {_PROGRESS} cannot be read ({error})") from error
+    if version != FORMAT_VERSION:
+        raise UsageError(
+            f"checkpoint {folder}: written in format {version}, this freesolo reads {FORMAT_VERSION}; go on with the "
+            "freesolo that wrote it, or choose another --run-name"
+        )
+    if digest != canonical_digest(record):
+        raise DamagedCheckpointError(f"checkpoint {folder}: {_PROGRESS} was altered")
+    for name, sha256 in record["sha256"].items():
+        if not (folder / name).is_file():
+            raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing")
+        if sha256_of_file(folder / name) != sha256:
+            raise DamagedCheckpointError(f"checkpoint {folder}: {name} is not what was saved: cut short or altered")
+    return record

@@ -10,14 +10,23 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchTrainer
 
 from freesolo.config import Job
@@ -30,7 +39,7 @@ from freesolo.settings import LoopSettings, OptimizerSettings, ResourceSettings
 from freesolo.stages import StageFolder
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import TrackedRun, Witness
-from freesolo.train.checkpoint import load_checkpoint, save_checkpoint
+from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
 from freesolo.train.cluster import data_cpus
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
@@ -112,9 +121,12 @@ def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, f
     """
     cpus = data_cpus(resources)
     with steps_shown(plan.folder.stage, plan.loop.steps) as board:
-        result = _trainer(plan, resources, {"plan": plan, "data_cpus": cpus / resources.workers, "board": board}).fit()
-    if result.error is not None:
-        raise JobError(f"{plan.folder.url}: training failed: {result.error}") from result.error
+        config = {"plan": plan, "data_cpus": cpus / resources.workers, "board": board}
+        try:
+            result = _trainer(plan, resources, config).fit()
+        except TrainingFailedError as error:
+            reason = " ".join(str(error).split())
+            raise JobError(f"{plan.folder.url}: training failed: {reason}; run the same again to go on") from error
     outcome: Outcome = result.return_value  # type: ignore[attr-defined]
     if outcome.undelivered is not None:
         _LOG.warning("MLflow: %s; later: freesolo deliver %s", outcome.undelivered, plan.folder.run_url)
@@ -153,12 +165,8 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     error: UsageError | JobError | None = None
     try:
         training = plan.build(ray.train.torch.get_device())
-        checkpoint = ray.train.get_checkpoint()
-        start = Progress()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as folder:
-                start = load_checkpoint(Path(folder), training.learner)
-        recorder = _RunRecorder(plan, training, start, config["board"])
+        start, taken = _go_on(training.learner)
+        recorder = _RunRecorder(plan, training, start, taken, config["board"])
         with recorder:
             train(
                 training.learner,
@@ -176,11 +184,46 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     return Outcome(recorder.last_metrics, error, recorder.undelivered)
 
 
+def _go_on(learner: Learner) -> tuple[Progress, frozenset[str]]:
+    """Put the learner where the run's newest whole checkpoint left it; the start where the run has none.
+
+    Returns:
+        The progress, and the names of later checkpoints, which are damaged: Ray keeps them in its books under these.
+
+    Raises:
+        DamagedCheckpointError: There are checkpoints, and none of them is whole.
+        UsageError: As `load_checkpoint`.
+    """
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        return Progress(), frozenset()
+    try:
+        return _load(newest, learner), frozenset()
+    except DamagedCheckpointError as error:
+        _LOG.warning("%s; going on from an earlier one", error)
+        damaged = error
+    # Every worker reads the same bytes, and so comes to the same one.
+    earlier = [reported.checkpoint for reported in ray.train.get_all_reported_checkpoints()]
+    taken = frozenset(PurePosixPath(checkpoint.path).name for checkpoint in earlier)
+    for checkpoint in reversed([one for one in earlier if one.path != newest.path]):
+        with suppress(DamagedCheckpointError):
+            return _load(checkpoint, learner), taken
+    raise DamagedCheckpointError(f"{damaged}; no other checkpoint of this run is whole: start it under another name")
+
+
+def _load(checkpoint: Checkpoint, learner: Learner) -> Progress:
+    with checkpoint.as_directory() as folder:
+        return load_checkpoint(Path(folder), learner)
+
+
 class _RunRecorder:
     """Keeps what the loop tells: metrics and pictures by worker 0, checkpoints by all together."""
 
-    def __init__(self, plan: TrainingPlan, training: Training, start: Progress, board: Any) -> None:
+    def __init__(
+        self, plan: TrainingPlan, training: Training, start: Progress, taken: frozenset[str], board: Any
+    ) -> None:
         self._plan = plan
+        self._taken = taken
         self._training = training
         self._samples: list[tuple[int, tuple[int, ...]]] = []
         self._board = board
@@ -223,10 +266,12 @@ class _RunRecorder:
         """Save the model too at the last step: what comes after training needs no checkpoint."""
         name = f"step-{progress.step:08d}"
         if self._samples:
-            # Named by the checkpoint, so that a replay after a loss writes the same names again.
+            # Named by the step, so that a replay after a loss writes the same names again.
             url = join(self._plan.folder.url, "samples", f"{name}-worker-{rank()}.json")
             write_atomic(url, json.dumps(self._samples).encode())
             self._samples = []
+        while name in self._taken:
+            name += "-again"
         if not self._leads:
             ray.train.report({}, checkpoint=None, checkpoint_dir_name=name)
             return
@@ -235,9 +280,14 @@ class _RunRecorder:
             with tempfile.NamedTemporaryFile() as file:
                 self._training.save_model(self._training.learner, Path(file.name))
                 write_atomic(self._plan.model_url, Path(file.name).read_bytes())
-        with tempfile.TemporaryDirectory() as folder:
-            commit = git_commit() or code_version()
-            save_checkpoint(Path(folder), self._training.learner, progress, self._plan.job, commit)
-            ray.train.report(
-                {"step": progress.step}, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name
-            )
+        # Uploaded while training goes on. Ray knows of a checkpoint when all of it is there, and goes on from no other.
+        folder = tempfile.mkdtemp(prefix="freesolo-checkpoint-")
+        commit = git_commit() or code_version()
+        save_checkpoint(Path(folder), self._training.learner, progress, self._plan.job, commit)
+        ray.train.report(
+            {"step": progress.step},
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )

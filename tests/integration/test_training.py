@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -89,27 +90,48 @@ def samples_of_steps(stage: StageFolder) -> dict[int, list[int]]:
     return used
 
 
-def kill_a_train_worker_after(first_checkpoint: Path, killed: list[int]) -> None:
-    """SIGKILL one train worker as soon as there is a checkpoint to go on from."""
+def kill_and_damage(checkpoints: Path, killed: list[int]) -> None:
+    """When there are two checkpoints to go on from, SIGKILL a train worker, and flip a bit of the newer of the two."""
+    # The manager's snapshot is what a restart goes by: it is written once a checkpoint is committed.
+    snapshot = checkpoints / "checkpoint_manager_snapshot.json"
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not killed:
-        if first_checkpoint.exists():
-            for process in psutil.process_iter(["name", "cmdline"]):
-                if "RayTrainWorker" in " ".join(process.info["cmdline"] or ()) + (process.info["name"] or ""):
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
+    while time.monotonic() < deadline:
+        committed = sorted(set(re.findall(r"step-\d{8}", snapshot.read_text()))) if snapshot.exists() else []
+        workers = [
+            process.pid
+            for process in psutil.Process().children(recursive=True)  # of this test's own cluster
+            if "RayTrainWorker" in _name(process)
+        ]
+        if len(committed) > 1 and workers:
+            os.kill(workers[0], signal.SIGKILL)
+            killed.append(workers[0])
+            flip_a_bit(checkpoints / committed[-1] / "learner.pt")
+            return
         time.sleep(0.02)
 
 
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""  # it has just ended
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
 def test_a_killed_worker_costs_no_sample_repeats_none_and_changes_no_bit(scenes: str, tmp_path: Path) -> None:
-    """Two workers, one SIGKILLed in mid-epoch: 18 steps of 8 are 6 epochs of 24 samples, each sample once in each."""
+    """Two workers, one SIGKILLed in mid-epoch: 18 steps of 8 are 6 epochs of 24 samples, each sample once in each.
+
+    The newest checkpoint is damaged besides: the run goes on from the one before.
+    """
     stage = StageFolder(str(tmp_path), "run", "pretrain")
     job = pretrain_job(scenes, steps=18, workers=2, checkpoint_every=2)
     killed: list[int] = []
-    # The manager's snapshot is what a restart goes by: it is written once a checkpoint is committed.
-    snapshot = Path(stage.url, "checkpoints", "checkpoint_manager_snapshot.json")
-    killer = threading.Thread(target=kill_a_train_worker_after, args=(snapshot, killed))
+    killer = threading.Thread(target=kill_and_damage, args=(Path(stage.url, "checkpoints"), killed))
     killer.start()
     result = pretrain_stage(job, stage)
     killer.join()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from freesolo.errors import JobError, UsageError
 from freesolo.ops.collectives import rank
 from freesolo.settings import LoopSettings, LossSettings, OptimizerSettings
 from freesolo.solo.task import SoloTask, concatenate
-from freesolo.train.checkpoint import load_checkpoint, save_checkpoint
+from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
@@ -291,6 +292,53 @@ def test_the_average_follows_the_weights_and_is_what_is_kept() -> None:
     assert learner.best_module() is not learner.task.module
     plain = learner_for(settings(steps=3))
     assert plain.best_module() is plain.task.module
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def count_a_step_more(file: Path) -> None:
+    file.write_text(file.read_text().replace('"step": 3', '"step": 4'))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("learner.pt", Path.unlink, "learner.pt is missing"),
+        ("learner.pt", cut_short, "learner.pt is not what was saved"),
+        ("learner.pt", flip_a_bit, "learner.pt is not what was saved"),
+        ("progress.json", Path.unlink, "progress.json cannot be read"),
+        ("progress.json", cut_short, "progress.json cannot be read"),
+        ("progress.json", count_a_step_more, "progress.json was altered"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(
+    tmp_path: Path, name: str, damage: Callable[[Path], None], reason: str
+) -> None:
+    loop = settings()
+    save_checkpoint(tmp_path, learner_for(loop, seed=1), Progress(step=3), JOB, "commit")
+    damage(tmp_path / name)
+    learner = learner_for(loop)
+    before = {key: value.clone() for key, value in learner.task.module.state_dict().items()}
+    with pytest.raises(DamagedCheckpointError, match=rf"^checkpoint {tmp_path}: {reason}"):
+        load_checkpoint(tmp_path, learner)
+    assert all(torch.equal(value, before[key]) for key, value in learner.task.module.state_dict().items())
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    loop = settings()
+    save_checkpoint(tmp_path, learner_for(loop), Progress(), JOB, "commit")
+    record = json.loads((tmp_path / "progress.json").read_text())
+    (tmp_path / "progress.json").write_text(json.dumps(record | {"format_version": 1}))
+    with pytest.raises(UsageError, match="written in format 1, this freesolo reads 2"):
+        load_checkpoint(tmp_path, learner_for(loop))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
