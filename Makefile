@@ -62,7 +62,7 @@ test: $(READY) chromium  ## The tests (about 15 minutes on 2 cores)
 	@echo "test: unit, numerics, integration and end-to-end tests, about 15 minutes on 2 cores"
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
 
-test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, Free Mask at full size
+test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=3600 --durations=10
 
 bench: $(READY)  ## Times beside named peers', asserting none (about 5 minutes on 2 cores)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -141,22 +141,35 @@ def test_everything_can_be_inspected_and_exported(
     assert len(json.loads((folder / "labels.json").read_text())["images"]) == 32
 
 
-def test_the_demo_takes_a_persons_own_photos(folder: Path, tmp_path: Path) -> None:
-    """Fewer than a batch of DenseCL, and one of them no photo at all; without self-training, to be done sooner."""
-    smoke = yaml.safe_load((ROOT / "configs" / "pipeline" / "smoke.yaml").read_text())
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(smoke | {"rounds": 0}))
+@pytest.fixture
+def own_photos(tmp_path: Path) -> Path:
+    """Fewer than a batch of DenseCL, and one of them no photo at all."""
     photos = tmp_path / "my photos"
     compose_scenes(str(photos), 5, size=96, seed=5)
     (photos / "notes.jpg").write_text("not a photo")
-    variables = (f"DEMO_CONFIG={tmp_path / 'config.yaml'}", f"PHOTOS={photos}")
-    result, page = make_demo(folder, *variables)
-    assert page.read_text().count('class="stage"') == 3
-    assert "CorLoc" not in page.read_text(), "an evaluation of photos without annotations"
-    assert set(result["outputs"]) == {"report", "SOLO on Free Masks", "DenseCL"}
-    assert make_demo(folder, *variables) == (result, page), "a finished run is done again"
+    return photos
 
-    name = page.parents[2].name
-    (photos / "notes.jpg").unlink()
-    would_do = run(ROOT, "make", "--dry-run", "demo", f"DEMO={folder}", f"PHOTOS={photos}").stdout
-    assert "--run-name own-" in would_do
-    assert name not in would_do, "the folder has other photos now: it is another run"
+
+def test_each_folder_of_photos_is_a_run_of_its_own(own_photos: Path, tmp_path: Path) -> None:
+    """As `make demo` would do it, without doing it: same photos, same run; other photos in the folder, another run."""
+
+    def would_do() -> list[str]:
+        variables = (f"DEMO={tmp_path}", f"PHOTOS={own_photos}")
+        return re.findall(r"own-\d+", run(ROOT, "make", "--dry-run", "demo", *variables).stdout)
+
+    first, again = would_do(), would_do()
+    (own_photos / "notes.jpg").unlink()
+    other = would_do()
+    assert len(first) == len(other) > 3
+    assert set(first) == set(again)
+    assert len(set(first)) == len(set(other)) == 1
+    assert set(first) != set(other)
+
+
+@pytest.mark.slow
+def test_the_demo_takes_a_persons_own_photos(folder: Path, own_photos: Path) -> None:
+    result, page = make_demo(folder, f"PHOTOS={own_photos}")
+    assert page.read_text().count('class="stage"') == 5
+    assert "CorLoc" not in page.read_text(), "an evaluation of photos without annotations"
+    assert set(result["outputs"]) == {"report", "SOLO on Free Masks", "SOLO round 1", "DenseCL"}
+    assert make_demo(folder, f"PHOTOS={own_photos}") == (result, page), "a finished run is done again"
