@@ -65,7 +65,7 @@ test: $(READY) chromium  ## The tests (about 15 minutes on 2 cores)
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=3600 --durations=10
 
-bench: $(READY)  ## Times beside named peers', asserting none (about 5 minutes on 2 cores)
+bench: $(READY)  ## Times beside named peers', asserting none (about a minute on 2 cores)
 	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json
 
 lint: $(READY)  ## Format, lint and import layers
