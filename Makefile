@@ -58,8 +58,8 @@ $(DEMO)/data/train/manifest.json: $(DEMO)/photos/held-out/annotations.json
 $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 	@$(BIN)/freesolo pack $(DEMO)/photos/held-out/annotations.json $(DEMO)/data/held-out --samples-per-shard 64
 
-test: $(READY) chromium  ## The tests (about 15 minutes on 2 cores)
-	@echo "test: unit, numerics, integration and end-to-end tests, about 15 minutes on 2 cores"
+test: $(READY) chromium  ## The tests (about 13 minutes on 2 cores)
+	@echo "test: unit, numerics, integration and end-to-end tests, about 13 minutes on 2 cores"
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)

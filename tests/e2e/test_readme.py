@@ -8,6 +8,7 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from freesolo import cli
 from freesolo.data.files import read_bytes
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
+from freesolo.data.shards import read_dataset_manifest
 from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +89,19 @@ def in_the_bucket(bucket: str, argument: str) -> str:
     return re.sub(r"(?<![\w/])(data/|runs\b)", rf"{bucket}/\1", argument)
 
 
+def run_job(
+    name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> dict[str, Any]:
+    """Run a job in this process, on the tests' cluster; its result."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+    output, errors = capsys.readouterr()
+    assert ended.value.code == 0, errors[-4000:]
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
 def test_the_stages_one_after_the_other_on_object_storage(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +109,12 @@ def test_the_stages_one_after_the_other_on_object_storage(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     compose_scenes(f"{bucket}/photos", 4, size=64, seed=0)
-    pack(f"{bucket}/photos/images", f"{bucket}/data/photos")
+    photos, dataset = f"{bucket}/photos/images", f"{bucket}/data/photos"
+    arguments = ["--config", "configs/pack/photos.yaml", "--run-name", "pack", "--storage", f"{bucket}/runs"]
+    packed = run_job("pack_shards", [*arguments, f"photos={photos}", f"dataset={dataset}"], monkeypatch, capsys)
+    assert packed["counts"] == {"images": 4, "shards": 1, "skipped": 0}
+    here = pack(photos, f"{bucket}/data/packed-here")
+    assert read_dataset_manifest(dataset).digest == here.digest, "the job's shards are not those of `freesolo pack`"
     pack(compose_scenes(f"{bucket}/held-out", 2, size=64, seed=1), f"{bucket}/data/held-out")
 
     results = {}
@@ -102,12 +122,7 @@ def test_the_stages_one_after_the_other_on_object_storage(
     for stage, readme in stage_commands().items():
         arguments = [in_the_bucket(bucket, argument) for argument in readme]
         settings = (*ON_A_CPU, *TINY[stage]) if stage != "evaluate" else ()
-        monkeypatch.setattr(sys, "argv", [stage, *arguments, *settings])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "jobs" / f"{stage}.py"), run_name="__main__")
-        output, errors = capsys.readouterr()
-        assert ended.value.code == 0, errors[-4000:]
-        results[stage] = json.loads(output.splitlines()[-1])
+        results[stage] = run_job(stage, [*arguments, *settings], monkeypatch, capsys)
     assert results["pretrain_densecl"]["outputs"]["registered"] == "models:/densecl-r50/1"
     assert results["extract_free_masks"]["counts"]["images"] == 4
     assert results["train_solo"]["outputs"]["registered"] == "models:/freesolo-r50/1"
