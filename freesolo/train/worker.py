@@ -188,7 +188,7 @@ def _go_on(learner: Learner) -> tuple[Progress, frozenset[str]]:
     """Put the learner where the run's newest whole checkpoint left it; the start where the run has none.
 
     Returns:
-        The progress, and the names of later checkpoints, which are damaged: Ray keeps them in its books under these.
+        The progress, and the names that Ray's books hold, damaged checkpoints' too: none of them may be reported again.
 
     Raises:
         DamagedCheckpointError: There are checkpoints, and none of them is whole.
@@ -197,15 +197,15 @@ def _go_on(learner: Learner) -> tuple[Progress, frozenset[str]]:
     newest = ray.train.get_checkpoint()
     if newest is None:
         return Progress(), frozenset()
+    known = [reported.checkpoint for reported in ray.train.get_all_reported_checkpoints()]
+    taken = frozenset(PurePosixPath(checkpoint.path).name for checkpoint in known)
     try:
-        return _load(newest, learner), frozenset()
+        return _load(newest, learner), taken
     except DamagedCheckpointError as error:
         _LOG.warning("%s; going on from an earlier one", error)
         damaged = error
     # Every worker reads the same bytes, and so comes to the same one.
-    earlier = [reported.checkpoint for reported in ray.train.get_all_reported_checkpoints()]
-    taken = frozenset(PurePosixPath(checkpoint.path).name for checkpoint in earlier)
-    for checkpoint in reversed([one for one in earlier if one.path != newest.path]):
+    for checkpoint in reversed([one for one in known if one.path != newest.path]):
         with suppress(DamagedCheckpointError):
             return _load(checkpoint, learner), taken
     raise DamagedCheckpointError(f"{damaged}; no other checkpoint of this run is whole: start it under another name")

@@ -159,6 +159,24 @@ def test_a_killed_worker_costs_no_sample_repeats_none_and_changes_no_bit(scenes:
         pretrain_stage(pretrain_job(scenes, steps=19, workers=2, checkpoint_every=2), stage)
 
 
+@pytest.mark.slow
+def test_a_run_that_lost_too_many_workers_goes_on_when_it_is_submitted_again(scenes: str, tmp_path: Path) -> None:
+    """A worker lost where none may be: one line that says so. Again, with the newest checkpoint damaged: to the end."""
+    stage = StageFolder(str(tmp_path), "run", "pretrain")
+    job = pretrain_job(scenes, steps=18, workers=2, checkpoint_every=2)
+    brittle = job.model_copy(update={"resources": job.resources.model_copy(update={"max_failures": 0})})
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_and_damage, args=(Path(stage.url, "checkpoints"), killed))
+    killer.start()
+    with pytest.raises(JobError, match=rf"^{stage.url}: training failed: .*run the same again to go on$"):
+        pretrain_stage(brittle, stage)
+    killer.join()
+    assert pretrain_stage(job, stage).counts == {"images": SCENES, "steps": 18}
+    used = samples_of_steps(stage)
+    assert sorted(used) == list(range(18))
+    assert all(len(set(used[3 * n] + used[3 * n + 1] + used[3 * n + 2])) == SCENES for n in range(6))
+
+
 def test_a_bad_loss_stops_a_training_and_names_its_batch(scenes: str, tmp_path: Path) -> None:
     """A learning rate that leaves no weight finite: the run ends with an error, and is not started again and again."""
     exploding = solo_job(scenes, steps=8, optimizer={"learning_rate": 1.0e30})
