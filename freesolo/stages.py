@@ -2,6 +2,7 @@
 
     <storage>/<run name>/<stage>/settings.json   what the stage was asked to do; a second submission must ask the same
                                  result.json     what came of it; written last, so its presence means that it is done
+                                 .lease/         who works on it: one job at a time
                                  ...             the stage's own files: checkpoints, metrics, model, label set
 
 A job names its run, so submitting it again goes on where it stopped, and a finished stage is not done again.
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 from freesolo.config import Job
 from freesolo.data.documents import differences
 from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
+from freesolo.data.lease import held
 from freesolo.errors import UsageError
 
 Inputs = TypeVar("Inputs")
@@ -70,7 +72,7 @@ def run_stage(
     prepare: Callable[[], Inputs],
     work: Callable[[Inputs], StageResult],
 ) -> StageResult:
-    """Do a stage's work, unless it is done already.
+    """Do a stage's work, unless it is done already. One process does it at a time.
 
     Args:
         folder: Of the stage.
@@ -81,9 +83,28 @@ def run_stage(
 
     Raises:
         UsageError: The folder belongs to a stage with other settings; names the first that differ.
+        LeaseError: Another process works on it.
+    """
+    wanted = json.loads(json.dumps(settings))
+    if done := _result_of_same(folder, wanted):
+        return done
+    inputs = prepare()
+    with held(join(folder.url, ".lease")):
+        if done := _result_of_same(folder, wanted):  # by who held the lease just now
+            return done
+        write_atomic(join(folder.url, "settings.json"), json.dumps(wanted, indent=1).encode())
+        result = work(inputs)
+        write_atomic(join(folder.url, "result.json"), json.dumps(asdict(result), indent=1).encode())
+    return result
+
+
+def _result_of_same(folder: StageFolder, wanted: dict[str, Any]) -> StageResult | None:
+    """The result of a stage; None if it is not done.
+
+    Raises:
+        UsageError: It was begun with other settings.
     """
     settings_url, result_url = join(folder.url, "settings.json"), join(folder.url, "result.json")
-    wanted = json.loads(json.dumps(settings))
     if exists(settings_url):
         different = differences(json.loads(read_bytes(settings_url)), wanted)
         if different:
@@ -91,13 +112,7 @@ def run_stage(
                 f"{folder.url}: run {folder.run_name!r} was started with other settings: {'; '.join(different[:3])}; "
                 "choose another --run-name, or the same settings"
             )
-    if exists(result_url):
-        return StageResult(**json.loads(read_bytes(result_url)))
-    inputs = prepare()
-    write_atomic(settings_url, json.dumps(wanted, indent=1).encode())
-    result = work(inputs)
-    write_atomic(result_url, json.dumps(asdict(result), indent=1).encode())
-    return result
+    return StageResult(**json.loads(read_bytes(result_url))) if exists(result_url) else None
 
 
 def stages_of(run_url: str) -> list[str]:

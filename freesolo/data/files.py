@@ -10,7 +10,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -130,6 +130,50 @@ def write_atomic(url: str, data: bytes) -> None:
         return
     with _explained(url):
         store.pipe_file(path, data)
+
+
+def create_file(url: str, data: bytes) -> bool:
+    """Write a small file unless there is one; of several processes that try at once, one does.
+
+    On a local disk a reader may see it before all of it is written; in an object store it appears whole.
+
+    Returns:
+        Whether this call wrote it.
+
+    Raises:
+        UsageError, JobError: As `write_atomic`.
+    """
+    store, path = _resolve(url)
+    with _explained(url):
+        try:
+            if isinstance(store, LocalFileSystem):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                with Path(path).open("xb") as stream:
+                    stream.write(data)
+            else:
+                store.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if isinstance(error, FileExistsError) or _was_there_first(error.__cause__):
+                return False
+            raise
+    return True
+
+
+def _was_there_first(error: BaseException | None) -> bool:
+    """Whether an object store refused a conditional put because of what is there, or of another put under way."""
+    refusals = ("PreconditionFailed", "ConditionalRequestConflict")
+    return isinstance(error, ClientError) and error.response["Error"].get("Code") in refusals
+
+
+def remove_file(url: str) -> None:
+    """Remove the file at `url`; nothing happens where there is none.
+
+    Raises:
+        UsageError, JobError: As `write_atomic`.
+    """
+    store, path = _resolve(url)
+    with _explained(url), suppress(FileNotFoundError):
+        store.rm_file(path)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from ray.exceptions import RayTaskError
 
 from freesolo.data.labels import ImageLabels, LabelFileError, read_label_file
 from freesolo.data.order import Order, Piece, StreamState, worker_pieces
-from freesolo.data.pack import PackedShard, ShardTask, check_skipped, finish_data_set, pack_shard
+from freesolo.data.pack import PackedShard, ShardTask, check_skipped, finish_data_set, pack_shard, packing
 from freesolo.data.shards import DatasetManifest, Sample, ShardError, ShardInfo, read_shard
 from freesolo.data.sources import PhotoCollection
 from freesolo.data.views import Row, View
@@ -161,9 +161,9 @@ def pack_on_cluster(
         max_bad_samples: Share of photos that may be unreadable.
     """
     pack_remotely = ray.remote(pack_shard)
-    waiting = [pack_remotely.remote(task) for task in tasks]
     packed: list[PackedShard] = []
-    with progress("pack", total=len(collection.photos), unit="photos") as advance:
+    with packing(dataset_url), progress("pack", total=len(collection.photos), unit="photos") as advance:
+        waiting = [pack_remotely.remote(task) for task in tasks]
         while waiting:
             (done, *_), waiting = ray.wait(waiting)
             try:
@@ -172,7 +172,7 @@ def pack_on_cluster(
                 raise cause_of(error) from None
             check_skipped(collection, packed, max_bad_samples=max_bad_samples)
             advance(packed[-1].photos)
-    return finish_data_set(collection, dataset_url, packed, max_bad_samples=max_bad_samples)
+        return finish_data_set(collection, dataset_url, packed, max_bad_samples=max_bad_samples)
 
 
 class Readers(Datasource):

@@ -18,11 +18,12 @@ import multiprocessing
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from freesolo.data import files
 from freesolo.data.coco import annotation_rle
+from freesolo.data.lease import held
 from freesolo.data.photos import PhotoError, decode_photo, photo_size
 from freesolo.data.shards import (
     FORMAT_VERSION,
@@ -104,13 +105,31 @@ def pack(
     collection = find_photos(photos, images=images)
     tasks = plan_shards(collection, dataset_url, samples_per_shard=samples_per_shard, seed=seed)
     packed: list[PackedShard] = []
-    with closing(_pack_all(tasks, workers)) as shards:
+    with packing(dataset_url), closing(_pack_all(tasks, workers)) as shards:
         for shard in shards:
             packed.append(shard)
             check_skipped(collection, packed, max_bad_samples=max_bad_samples)
             if progress is not None:
                 progress(shard.photos)
-    return finish_data_set(collection, dataset_url, packed, max_bad_samples=max_bad_samples)
+        return finish_data_set(collection, dataset_url, packed, max_bad_samples=max_bad_samples)
+
+
+@contextmanager
+def packing(dataset_url: str) -> Iterator[None]:
+    """Be the only one who packs the data set, for the time of the block.
+
+    Raises:
+        UsageError: There is a data set at `dataset_url`.
+        LeaseError: Somebody else packs it.
+    """
+    with held(files.join(dataset_url, ".lease")):
+        _refuse_finished(dataset_url)  # by who held the lease just now
+        yield
+
+
+def _refuse_finished(dataset_url: str) -> None:
+    if files.exists(files.join(dataset_url, MANIFEST_NAME)):
+        raise UsageError(f"{dataset_url}: there is a data set already; give another URL, or remove that one")
 
 
 def plan_shards(collection: PhotoCollection, dataset_url: str, *, samples_per_shard: int, seed: int) -> list[ShardTask]:
@@ -125,8 +144,7 @@ def plan_shards(collection: PhotoCollection, dataset_url: str, *, samples_per_sh
     Raises:
         UsageError: There is a data set, or something else with a manifest, at `dataset_url`.
     """
-    if files.exists(files.join(dataset_url, MANIFEST_NAME)):
-        raise UsageError(f"{dataset_url}: there is a data set already; give another URL, or remove that one")
+    _refuse_finished(dataset_url)
     photos = sorted(collection.photos, key=lambda photo: (_rank(photo.file_name, seed), photo.image_id))
     starts = range(0, len(photos), samples_per_shard)
     return [

@@ -25,12 +25,14 @@ from freesolo.data.labels import (
     LabelManifest,
     LabelPlan,
     begin_label_set,
+    check_label_set,
     finish_label_set,
     finished_label_files,
     read_label_file,
     read_label_manifest,
     write_label_file,
 )
+from freesolo.data.lease import held
 from freesolo.data.shards import DatasetManifest, ShardInfo
 from freesolo.errors import JobError
 from freesolo.inference.batches import BatchPlan, Entry
@@ -115,15 +117,29 @@ def label_photos(job: LabellingJob) -> LabellingResult:
 
     Raises:
         UsageError: Another label set is at the URL, or the pool does not fit the cluster.
+        LeaseError: Another process labels it.
         JobError: Too many photos are unreadable, a shard was altered, or the store fails. What is finished is kept.
     """
     started = time.monotonic()
-    begin_label_set(job.labels_url, job.plan)
-    names = tuple(shard.name for shard in job.dataset.shards)
-    if files.exists(files.join(job.labels_url, MANIFEST_NAME)):
-        manifest = read_label_manifest(job.labels_url)
-        return LabellingResult(manifest, time.monotonic() - started, labelled_shards=(), skipped_shards=names)
+    if done := _finished(job, started):
+        return done
+    with held(files.join(job.labels_url, ".lease")):
+        return _finished(job, started) or _label_unfinished(job, started)
 
+
+def _finished(job: LabellingJob, started: float) -> LabellingResult | None:
+    """The result where the label set is complete already."""
+    if not check_label_set(job.labels_url, job.plan):
+        return None
+    if not files.exists(files.join(job.labels_url, MANIFEST_NAME)):
+        return None
+    names = tuple(shard.name for shard in job.dataset.shards)
+    manifest = read_label_manifest(job.labels_url)
+    return LabellingResult(manifest, time.monotonic() - started, labelled_shards=(), skipped_shards=names)
+
+
+def _label_unfinished(job: LabellingJob, started: float) -> LabellingResult:
+    begin_label_set(job.labels_url, job.plan)
     finished = finished_label_files(job.labels_url, job.dataset)
     unreadable = _Unreadable(job)
     unreadable.add_finished(finished.values())
@@ -136,7 +152,7 @@ def label_photos(job: LabellingJob) -> LabellingResult:
         manifest=finish_label_set(job.labels_url, job.dataset, written=written.values()),
         seconds=time.monotonic() - started,
         labelled_shards=tuple(shard.name for shard in unfinished),
-        skipped_shards=tuple(name for name in names if name in finished),
+        skipped_shards=tuple(shard.name for shard in job.dataset.shards if shard.name in finished),
     )
 
 
