@@ -145,11 +145,16 @@ class PipelineJob(Job):
 
 
 def _check_batch(section: str, loop: LoopSettings, resources: ResourceSettings) -> None:
-    if loop.batch_size % (resources.workers * loop.accumulation_steps):
-        raise ValueError(
-            f"{section}.batch_size={loop.batch_size} must divide by the {resources.workers} workers of "
-            f"resources.workers, times {loop.accumulation_steps} accumulation_steps; change one of them"
-        )
+    fixed = resources.min_workers == resources.max_workers
+    parts = {workers: workers for workers in range(resources.min_workers, resources.max_workers + 1)}
+    parts[resources.max_workers] *= loop.accumulation_steps
+    for workers, count in parts.items():
+        if loop.batch_size % count:
+            elastic = "" if fixed else f", as by every number of workers from {resources.min_workers} to that"
+            raise ValueError(
+                f"{section}.batch_size={loop.batch_size} must divide by the {workers} workers of resources.workers, "
+                f"times {count // workers} accumulation_steps{elastic}; change one of them"
+            )
 
 
 JobType = TypeVar("JobType", bound=Job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from dataclasses import asdict
 from typing import TypeVar
 
 from freesolo.config import Job, load_config
-from freesolo.errors import JobError, UsageError
+from freesolo.errors import JobError, StoppedError, UsageError
 from freesolo.settings import absolute_url
 from freesolo.stages import StageFolder, StageResult
+from freesolo.termination import TERMINATED, leave, on_termination
 
 JobType = TypeVar("JobType", bound=Job)
 
@@ -36,7 +38,7 @@ def run_job(
         arguments: Of the command line; None: the process's own.
 
     Returns:
-        The exit code: 0, 1 for a failure, 2 for a wrong use.
+        The exit code: 0, 1 for a failure, 2 for a wrong use, 130 or 143 where Ctrl-C or SIGTERM stopped it.
     """
     parser = argparse.ArgumentParser(description=(work.__doc__ or "").split("\n")[0])
     parser.add_argument("--config", required=True, help="YAML that says what to do")
@@ -60,15 +62,27 @@ def run_job(
 def exit_code(act: Callable[[], None], *, debug: bool) -> int:
     """Run something; an error made for people is one line on standard error, others show their traceback.
 
+    SIGTERM and Ctrl-C end it in good order: leases are released, and MLflow is told.
+
     Args:
         act: What to run.
         debug: Whether errors made for people show their traceback too, before the line.
     """
     try:
-        act()
+        with on_termination(leave):
+            act()
     except (UsageError, JobError) as error:
         if debug:
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, UsageError) else 1
+        return _exit_code_of(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted; run the same again to go on\n")
+        return 128 + signal.SIGINT
     return 0
+
+
+def _exit_code_of(error: UsageError | JobError) -> int:
+    if isinstance(error, StoppedError):
+        return TERMINATED
+    return 2 if isinstance(error, UsageError) else 1

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends badly on purpose. Everything else is a bug and shows its traceback."""
+"""The ways in which a run ends early on purpose. Everything else is a bug and shows its traceback."""
 
 
 class UsageError(Exception):
@@ -7,3 +7,7 @@ class UsageError(Exception):
 
 class JobError(Exception):
     """What was asked for was tried and failed: bad data, a non-finite loss, a server that refuses. Exit code 1."""
+
+
+class StoppedError(JobError):
+    """The job was told to stop, and did so in good order. Exit code 143, as of a process that SIGTERM ended."""

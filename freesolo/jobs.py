@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from freesolo.cluster import connect
 from freesolo.comparison import Comparison, as_table, check_comparable, compare
 from freesolo.config import EvaluateJob, ExtractJob, Job, PackJob, PredictJob, PretrainJob, TrainJob
 from freesolo.data.files import read_bytes
@@ -29,7 +30,6 @@ from freesolo.tracking.journal import Journal
 from freesolo.tracking.record import read_record
 from freesolo.tracking.server import resolve_server
 from freesolo.tracking.witness import TrackedRun, Witness
-from freesolo.train.cluster import connect
 from freesolo.train.pretraining import PretrainInputs, pretrain, pretrain_inputs
 from freesolo.train.segmentation import SegmenterInputs, segmenter_inputs, train_segmenter
 

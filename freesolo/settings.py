@@ -42,10 +42,30 @@ class Settings(BaseModel):
 class ResourceSettings(Settings):
     """What a job asks of the Ray cluster."""
 
-    workers: Positive = 1  # train workers, or actors of an extraction pool
+    workers: Positive | tuple[Positive, Positive] = 1  # train workers or an extraction's actors; [min, max]: elastic
     cpus_per_worker: Positive = 1
     gpus_per_worker: float = Field(default=0.0, ge=0.0)
+    label_selector: dict[str, str] = Field(default_factory=dict)  # Ray labels of the nodes that workers may run on
+    data_cpus: Positive | None = None  # for reading and decoding, all workers together; None: all that workers leave
     max_failures: NonNegative = 3  # restarts of the training group after worker loss
+    resize_seconds: float = Field(default=60.0, gt=0.0)  # elastic: time between looks for room for more train workers
+
+    @field_validator("workers")
+    @classmethod
+    def _in_order(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"workers={list(workers)}: give [min, max], the smaller number first")
+        return workers
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest that a job can do with."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        """The most that it will use."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class TrackingSettings(Settings):
@@ -88,7 +108,7 @@ class LoopSettings(Settings):
 
     steps: Positive
     batch_size: Positive  # of all workers together, over one optimiser step
-    accumulation_steps: Positive = 1  # backward passes per optimiser step
+    accumulation_steps: Positive = 1  # backward passes per optimiser step with all workers; with fewer, more
     seed: NonNegative = 0
     log_every: Positive = 10
     checkpoint_every: Positive = 500
@@ -97,6 +117,17 @@ class LoopSettings(Settings):
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU
     record_samples: bool = False  # write down which image ids each step used, for audits
+
+    def accumulation_with(self, workers: int, max_workers: int) -> int:
+        """Backward passes per optimiser step for a number of workers, so that a pass is no larger than with all.
+
+        Args:
+            workers: That there are now; the batch divides by it.
+            max_workers: That `accumulation_steps` is meant for.
+        """
+        largest = self.batch_size // (max_workers * self.accumulation_steps)
+        rows = self.batch_size // workers
+        return next(passes for passes in range(1, rows + 1) if rows % passes == 0 and rows // passes <= largest)
 
 
 # --- DenseCL ------------------------------------------------------------------------------------------------------

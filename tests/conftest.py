@@ -10,7 +10,7 @@ import pytest
 import ray
 from s3fs import S3FileSystem
 
-from freesolo.train.cluster import OWN_CLUSTER
+from freesolo.cluster import OWN_CLUSTER
 from tests.servers import S3Server
 
 

@@ -142,6 +142,7 @@ class RayHead(Server):
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_ADDRESS": "",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
         }
 
     def kill(self) -> None:

@@ -25,12 +25,12 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
+from freesolo.cluster import check_cluster
 from freesolo.data.ingest import Readers, cause_of
 from freesolo.data.shards import ShardInfo
 from freesolo.errors import JobError
 from freesolo.inference.batches import BatchPlan, DecodedBatch, EncodedBatch, Entry, decode_batch, read_batches
 from freesolo.inference.labellers import Labeller, MakeLabeller
-from freesolo.inference.resources import check_cluster
 from freesolo.settings import ResourceSettings
 from freesolo.types import ImageBatch
 
@@ -78,7 +78,7 @@ def label_batches(
     """
     if not shards:
         return
-    readers = reader_count(pool.resources.workers, check_cluster(pool.resources))
+    readers = reader_count(pool.resources.max_workers, check_cluster(pool.resources))
     weights = ray.put(dict(pool.weights))  # once on each node, however many actors there are
     with DataContext.current(_context(pool.resources)):  # a data set keeps the context that it was made in
         dataset = _stream(pool, weights, dataset_url, shards, batches, readers)
@@ -121,7 +121,7 @@ def _stream(
         batch_format="pyarrow",
         num_cpus=DECODE_CPUS,
         # A network on a CPU is slower than a decoder; one on a GPU may need all the decoders that there can be.
-        compute=TaskPoolStrategy(None if resources.gpus_per_worker else resources.workers),
+        compute=TaskPoolStrategy(None if resources.gpus_per_worker else resources.max_workers),
     )
     labelled: Dataset = decoded.map_batches(
         _LabellingActor,
@@ -130,7 +130,8 @@ def _stream(
         batch_format="pyarrow",
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
-        compute=ActorPoolStrategy(size=resources.workers),
+        compute=ActorPoolStrategy(min_size=resources.min_workers, max_size=resources.max_workers),
+        label_selector=resources.label_selector or None,
     )
     return labelled
 

@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from freesolo.data.order import StreamState, advance
-from freesolo.errors import JobError
+from freesolo.errors import JobError, StoppedError
 from freesolo.ops.collectives import rank, sum_over_workers, world_size
 from freesolo.settings import LoopSettings, OptimizerSettings
 from freesolo.train.learner import Learner
@@ -65,6 +65,12 @@ class Recorder(Protocol):
     def picture(self, step: int, batch: Any) -> None:
         """Time to look at predictions on a batch."""
 
+    def calls(self) -> bool:
+        """Whether this worker has heard of something that all must decide on together."""
+
+    def decide(self) -> Literal["go on", "save", "stop"]:
+        """What all do about it, the same on each; called on all workers together when one of them `calls`."""
+
     def checkpoint(self, progress: Progress) -> None:
         """Time to save."""
 
@@ -94,6 +100,7 @@ def train(
         The progress at the end.
 
     Raises:
+        StoppedError: The recorder decided to stop; what was done is saved.
         JobError: A loss is not finite, or too many samples are unusable. Raised on every worker alike.
     """
     progress = progress or Progress()
@@ -121,15 +128,17 @@ def train(
         learner.task.after_step(step)
 
         done = step + 1
-        tally.check(done)
+        decision = recorder.decide() if tally.check(done, calls=recorder.calls()) else "go on"
         last = done == settings.steps
         if done % settings.log_every == 0 or last:
             recorder.metrics(done, {**tally.means(), "learning_rate": rate, "gradient_norm": float(gradient_norm)})
         if settings.overlay_every and (done % settings.overlay_every == 0 or last):
             recorder.picture(done, inputs)
-        if done % settings.checkpoint_every == 0 or last:
+        if done % settings.checkpoint_every == 0 or last or decision != "go on":
             seen = advance(progress.stream, done - progress.step, stream.samples, settings.batch_size, workers)
             recorder.checkpoint(Progress(done, seen, tally.bad_samples))
+        if decision == "stop" and not last:
+            raise StoppedError(f"stopped at step {done} of {settings.steps}, as asked; run the same again to go on")
     return replace(progress, step=settings.steps)
 
 
@@ -162,13 +171,22 @@ class _Tally:
         self._image_ids += image_ids
         self._bad_this_step += bad_samples
 
-    def check(self, step: int) -> None:
-        """Share the step's losses among the workers, so that all stop together when one has to."""
+    def check(self, step: int, *, calls: bool) -> bool:
+        """Share the step's losses among the workers, so that all stop together when one has to.
+
+        Args:
+            step: That was done.
+            calls: Whether this worker calls for a decision.
+
+        Returns:
+            Whether any worker does.
+        """
         names = list(self._micro_losses[0])
         count = len(self._micro_losses)
         sums = [torch.stack([losses[name] for losses in self._micro_losses]).sum() / count for name in names]
-        shared = torch.stack([*sums, torch.tensor(float(self._bad_this_step), device=sums[0].device)]).float()
-        *means, bad = (sum_over_workers(shared) / world_size()).tolist()
+        counted = torch.tensor([self._bad_this_step, calls], dtype=torch.float32, device=sums[0].device)
+        shared = torch.cat([torch.stack(sums).float(), counted])
+        *means, bad, called = (sum_over_workers(shared) / world_size()).tolist()
         if not np.isfinite(means).all():
             finite_here = bool(shared.isfinite().all())
             culprits = _from_all_workers([] if finite_here else self._image_ids)
@@ -186,6 +204,7 @@ class _Tally:
             self._losses[name] = self._losses.get(name, 0.0) + mean
         self._steps += 1
         self._micro_losses, self._image_ids, self._bad_this_step = [], [], 0
+        return bool(called > 0)
 
     def means(self) -> dict[str, float]:
         """Mean losses and rates since the last call."""

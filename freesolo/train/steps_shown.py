@@ -1,11 +1,13 @@
 """How far train workers have come, shown where a person looks: at the terminal of the process that started them.
 
-Worker 0 tells an actor, and a thread beside the waiting driver asks it. A group of workers that is lost and started
+Worker 0 tells an actor, and a thread beside the waiting driver asks it. The other way round, the driver tells the actor
+when training shall stop, and worker 0 hears of it. A group of workers that is lost and started
 again goes on from its last checkpoint, and is shown as what it is: the one stopped, the other goes on from there.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,27 +38,36 @@ class StepsDone:
 
 
 class StepBoard:
-    """Holds the last word of worker 0; lives in an actor."""
+    """Holds the last word of worker 0 and of the driver; lives in an actor."""
 
     def __init__(self) -> None:
         self._steps = StepsDone()
+        self._stop = asyncio.Event()
 
-    def begin(self, step: int) -> None:
+    async def begin(self, step: int) -> None:
         """Workers were started, and go on from a step."""
         self._steps = StepsDone(self._steps.group + 1, step, step)
 
-    def tell(self, step: int) -> None:
+    async def tell(self, step: int) -> None:
         """So many steps are done."""
         self._steps = replace(self._steps, done=step)
 
-    def read(self) -> StepsDone:
+    async def read(self) -> StepsDone:
         """What was told last."""
         return self._steps
+
+    async def stop(self) -> None:
+        """Training shall stop."""
+        self._stop.set()
+
+    async def stop_wanted(self) -> None:
+        """Returns when training shall stop."""
+        await self._stop.wait()
 
 
 @contextmanager
 def steps_shown(name: str, total: int) -> Iterator[Any]:
-    """Show the steps of a training from entry to exit; yields the board's handle, for the workers.
+    """Show the steps of a training from entry to exit; yields the board's handle, for workers and driver.
 
     Args:
         name: Of the training.

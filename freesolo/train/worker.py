@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -27,8 +32,10 @@ from ray.train import (
     ScalingConfig,
     TrainingFailedError,
 )
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
+from freesolo.cluster import check_cluster, data_cpus
 from freesolo.config import Job
 from freesolo.data.files import is_local, join, write_atomic
 from freesolo.data.ingest import TrainingStream, configure_ray_data
@@ -37,15 +44,16 @@ from freesolo.ops.collectives import rank
 from freesolo.provenance import code_version, git_commit
 from freesolo.settings import LoopSettings, OptimizerSettings, ResourceSettings
 from freesolo.stages import StageFolder
+from freesolo.termination import on_termination
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import TrackedRun, Witness
 from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
-from freesolo.train.cluster import data_cpus
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
 from freesolo.train.steps_shown import steps_shown
 
 _LOG = logging.getLogger(__name__)
+SECONDS_BETWEEN_LOOKS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +120,20 @@ class Outcome:
 def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, float]:
     """Train on the cluster's workers; goes on from the last checkpoint in the stage's folder.
 
+    SIGTERM, which is also how `ray job stop` begins, makes the workers save a checkpoint and stop.
+
     Returns:
         The last metrics.
 
     Raises:
+        StoppedError: Training was told to stop, and did.
         UsageError: The cluster cannot hold the workers, or a checkpoint does not fit the settings.
         JobError: Training stopped itself, or workers were lost more than `resources.max_failures` times.
     """
-    cpus = data_cpus(resources)
-    with steps_shown(plan.folder.stage, plan.loop.steps) as board:
-        config = {"plan": plan, "data_cpus": cpus / resources.workers, "board": board}
+    check_cluster(resources)
+    with steps_shown(plan.folder.stage, plan.loop.steps) as board, on_termination(board.stop.remote):
         try:
-            result = _trainer(plan, resources, config).fit()
+            result = _fit(_trainer(plan, resources, {"plan": plan, "resources": resources, "board": board}))
         except TrainingFailedError as error:
             reason = " ".join(str(error).split())
             raise JobError(f"{plan.folder.url}: training failed: {reason}; run the same again to go on") from error
@@ -135,13 +145,29 @@ def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, f
     return outcome.metrics
 
 
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
+    """Train; Ctrl-C aborts, as anywhere. Ray's own handler of it ends the process as if it had succeeded, and stays."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit()
+    except SystemExit as abort:
+        if abort.code:
+            raise
+        raise KeyboardInterrupt from abort
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
 def _trainer(plan: TrainingPlan, resources: ResourceSettings, config: dict[str, Any]) -> TorchTrainer:
     storage = str(Path(plan.folder.url).resolve()) if is_local(plan.folder.url) else plan.folder.url
     return TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's stubs are of Train V1, whose functions returned nothing
         train_loop_config=config,
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # as above
+            num_workers=resources.workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=resources.resize_seconds,
+            label_selector=resources.label_selector or None,
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker={
                 "CPU": resources.cpus_per_worker,
@@ -160,18 +186,20 @@ def _trainer(plan: TrainingPlan, resources: ResourceSettings, config: dict[str, 
 def train_worker(config: dict[str, Any]) -> Outcome:
     """Train as one of Ray Train's workers."""
     plan: TrainingPlan = config["plan"]
-    configure_ray_data(cpus=config["data_cpus"])
+    resources: ResourceSettings = config["resources"]
+    workers = ray.train.get_context().get_world_size()
     recorder: _RunRecorder | None = None
     error: UsageError | JobError | None = None
     try:
-        training = plan.build(ray.train.torch.get_device())
+        configure_ray_data(cpus=data_cpus(resources, workers) / workers)
+        training, loop = _with_workers(plan.build(ray.train.torch.get_device()), plan.loop, resources, workers)
         start, taken = _go_on(training.learner)
         recorder = _RunRecorder(plan, training, start, taken, config["board"])
         with recorder:
             train(
                 training.learner,
                 training.stream,
-                plan.loop,
+                loop,
                 training.optimizer,
                 recorder,
                 progress=start,
@@ -182,6 +210,15 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     if recorder is None:
         return Outcome({}, error)
     return Outcome(recorder.last_metrics, error, recorder.undelivered)
+
+
+def _with_workers(
+    training: Training, loop: LoopSettings, resources: ResourceSettings, workers: int
+) -> tuple[Training, LoopSettings]:
+    """Fit a training to the workers that there are: the batch stays, and a pass of each grows no larger."""
+    passes = loop.accumulation_with(workers, max(workers, resources.max_workers))
+    stream = replace(training.stream, accumulation_steps=passes)
+    return replace(training, stream=stream), loop.model_copy(update={"accumulation_steps": passes})
 
 
 def _go_on(learner: Learner) -> tuple[Progress, frozenset[str]]:
@@ -230,7 +267,10 @@ class _RunRecorder:
         self.last_metrics: dict[str, float] = {}
         self.undelivered: str | None = None
         self._leads = rank() == 0
+        self._looked = time.monotonic()
+        self._saved_for: set[str] = set()
         if self._leads:
+            self._stop_wanted = board.stop_wanted.remote()
             self._journal = Journal(plan.folder.url, resume_step=start.step + 1)
             self._witness = Witness(plan.tracked, self._journal)
             self._witness.settings(plan.job)
@@ -261,6 +301,32 @@ class _RunRecorder:
     def picture(self, step: int, inputs: Any) -> None:
         if self._leads and self._training.picture is not None:
             self._witness.picture("predictions", self._training.picture(self._training.learner, inputs), step)
+
+    def calls(self) -> bool:
+        """Worker 0 calls all to look up when the driver wants to stop, and every few seconds to see who must go."""
+        if not self._leads:
+            return False
+        return self._stops() or time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS
+
+    def decide(self) -> Literal["go on", "save", "stop"]:
+        """Stop if the driver wants to; save if a node is about to be taken away, which a notice says once."""
+        self._looked = time.monotonic()
+        if broadcast_from_rank_zero(self._leads and self._stops()):
+            return "stop"
+        notice = ray.train.get_preemption_info()
+        if notice is None or self._saved_for.issuperset(notice.preempted_node_ids):
+            return "go on"
+        self._saved_for.update(notice.preempted_node_ids)
+        return "save"
+
+    def _stops(self) -> bool:
+        (told, _) = ray.wait([self._stop_wanted], timeout=0)
+        if not told:
+            return False
+        with suppress(RayError):  # a board that was lost with its node tells nothing
+            ray.get(self._stop_wanted)
+            return True
+        return False
 
     def checkpoint(self, progress: Progress) -> None:
         """Save the model too at the last step: what comes after training needs no checkpoint."""

@@ -15,7 +15,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 
 from freesolo.config import PackJob
 from freesolo.data.order import Order, StreamState, worker_pieces
-from freesolo.errors import JobError, UsageError
+from freesolo.errors import JobError, StoppedError, UsageError
 from freesolo.ops.collectives import rank
 from freesolo.settings import LoopSettings, LossSettings, OptimizerSettings
 from freesolo.solo.task import SoloTask, concatenate
@@ -37,7 +37,7 @@ JOB = PackJob(photos="p", dataset="d")
 
 
 def settings(steps: int = 6, **others: Any) -> LoopSettings:
-    return LoopSettings(steps=steps, batch_size=4, log_every=1, checkpoint_every=1, **others)
+    return LoopSettings(**{"steps": steps, "batch_size": 4, "log_every": 1, "checkpoint_every": 1} | others)
 
 
 def sample(number: int) -> SegmentationBatch:
@@ -112,13 +112,28 @@ class WeakView:
 
 @dataclass
 class Kept:
-    """Keeps all that it is told; saves a checkpoint into `folder` where there is one."""
+    """Keeps all that it is told; saves a checkpoint into `folder` where there is one.
+
+    Worker `caller` calls all to decide after step `decides[0]`, and they decide `decides[1]`.
+    """
 
     learner: Learner
     folder: Path | None = None
     metrics_of: dict[int, dict[str, float]] = field(default_factory=dict)
     ids_of: dict[int, list[int]] = field(default_factory=dict)
     stop_after: int | None = None
+    decides: tuple[int, Literal["go on", "save", "stop"]] | None = None
+    caller: int = 0
+    saved: list[int] = field(default_factory=list)
+    _steps_asked: int = 0
+
+    def calls(self) -> bool:
+        self._steps_asked += 1
+        return self.decides is not None and self._steps_asked == self.decides[0] and rank() == self.caller
+
+    def decide(self) -> Literal["go on", "save", "stop"]:
+        assert self.decides is not None
+        return self.decides[1]
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.metrics_of[step] = values
@@ -130,6 +145,7 @@ class Kept:
         return
 
     def checkpoint(self, progress: Progress) -> None:
+        self.saved.append(progress.step)
         if self.folder is not None and rank() == 0:
             target = self.folder / str(progress.step)
             target.mkdir(parents=True, exist_ok=True)
@@ -187,6 +203,52 @@ def _two_workers(worker: int, folder: Path, port: int) -> None:
     torch.save([name for name in names if not torch.equal(whole[name], resumed[name])], folder / f"differ-{worker}.pt")
     torch.save(whole, folder / f"whole-{worker}.pt")
     distributed.destroy_process_group()
+
+
+def test_a_run_that_was_told_to_stop_is_saved_and_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+    loop = settings(checkpoint_every=100)
+    whole = learner_for(loop)
+    train(whole, Drawn(), loop, OPTIMIZER, Kept(whole))
+    first = learner_for(loop)
+    with pytest.raises(StoppedError, match=r"^stopped at step 2 of 6, as asked; run the same again to go on$"):
+        train(first, Drawn(), loop, OPTIMIZER, Kept(first, tmp_path, decides=(2, "stop")))
+    second = learner_for(loop, seed=99)
+    train(second, Drawn(), loop, OPTIMIZER, Kept(second), progress=load_checkpoint(tmp_path / "2", second))
+    assert all(torch.equal(value, weights(second)[name]) for name, value in weights(whole).items())
+
+
+@pytest.mark.parametrize(("decision", "saved"), [("go on", [6]), ("save", [4, 6])])
+def test_what_is_decided_is_done_once(decision: Literal["go on", "save"], saved: list[int]) -> None:
+    loop = settings(checkpoint_every=100)
+    learner = learner_for(loop)
+    kept = Kept(learner, decides=(4, decision))
+    train(learner, Drawn(), loop, OPTIMIZER, kept)
+    assert kept.saved == saved
+
+
+def test_a_run_that_is_told_to_stop_at_its_last_step_is_done() -> None:
+    loop = settings(checkpoint_every=100)
+    learner = learner_for(loop)
+    kept = Kept(learner, decides=(6, "stop"))
+    assert train(learner, Drawn(), loop, OPTIMIZER, kept).step == 6
+    assert kept.saved == [6]
+
+
+def _stopped_by_one(worker: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=worker, world_size=2)
+    learner = learner_for(settings())
+    kept = Kept(learner, decides=(3, "stop"), caller=1)
+    try:
+        train(learner, Drawn(), settings(checkpoint_every=100), OPTIMIZER, kept)
+    except StoppedError:
+        torch.save(kept.saved, folder / f"saved-{worker}.pt")
+    distributed.destroy_process_group()
+
+
+def test_all_workers_stop_together_whoever_called(tmp_path: Path) -> None:
+    multiprocessing.spawn(_stopped_by_one, (tmp_path, free_port()), nprocs=2)
+    assert [torch.load(tmp_path / f"saved-{worker}.pt") for worker in range(2)] == [[3], [3]]
 
 
 def free_port() -> int:

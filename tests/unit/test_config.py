@@ -9,6 +9,7 @@ import yaml
 
 from freesolo.config import PipelineJob, PretrainJob, TrainJob, dump_config, load_config, parse_config
 from freesolo.errors import UsageError
+from freesolo.settings import LoopSettings
 
 MINIMAL = {"dataset": "photos", "train": {"loop": {"steps": 10, "batch_size": 4}}}
 
@@ -154,3 +155,21 @@ def test_what_yaml_makes_of_words(config: Path) -> None:
     job = load_config(TrainJob, config, ["tracking.uri=off", "dataset=2026-01-31"])
     assert job.tracking.uri == "off"
     assert job.dataset == str(Path("2026-01-31").absolute())
+
+
+def test_every_number_of_elastic_workers_must_divide_the_batch(config: Path) -> None:
+    job = load_config(TrainJob, config, ["resources.workers=[1, 4]", "train.loop.batch_size=12"])
+    assert (job.resources.min_workers, job.resources.max_workers) == (1, 4)
+    message = r"train.loop.batch_size=8 must divide by the 3 workers .*as by every number of workers from 2 to that"
+    with pytest.raises(UsageError, match=message):
+        load_config(TrainJob, config, ["resources.workers=[2, 4]", "train.loop.batch_size=8"])
+
+
+@pytest.mark.parametrize(
+    ("workers", "passes"), [(8, 2), (6, 4), (4, 4), (3, 8), (2, 8), (1, 16)]
+)  # of a batch of 48: 3 rows a pass with 8 workers and 2 passes
+def test_fewer_workers_make_more_passes_of_no_more_rows(workers: int, passes: int) -> None:
+    loop = LoopSettings(steps=1, batch_size=48, accumulation_steps=2)
+    assert loop.accumulation_with(workers, 8) == passes
+    assert 48 % (workers * passes) == 0
+    assert 48 // (workers * passes) <= 3

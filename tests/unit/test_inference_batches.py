@@ -15,7 +15,6 @@ from PIL import Image
 
 from freesolo.data.labels import ImageLabels
 from freesolo.data.shards import Sample, ShardError, ShardInfo, shard_name, write_shard
-from freesolo.errors import UsageError
 from freesolo.inference.batches import (
     MAX_WAITING_BATCHES,
     BatchPlan,
@@ -29,7 +28,6 @@ from freesolo.inference.batches import (
 )
 from freesolo.inference.pipeline import plan_settings
 from freesolo.inference.pool import DECODE_CPUS, READ_CPUS, reader_count
-from freesolo.inference.resources import spare_cpus
 from freesolo.ops.masks import decode_rle
 from freesolo.settings import ExtractSettings, PredictSettings, ResourceSettings
 
@@ -252,28 +250,6 @@ def test_no_instances_are_stored_as_none() -> None:
     none = torch.zeros(0, dtype=torch.int64)
 
     assert labelled_instances(torch.zeros(0, 4, 4, dtype=torch.bool), torch.zeros(0), none, torch.zeros(0, 128)) == ()
-
-
-def test_a_pool_that_fits_leaves_the_rest_for_data() -> None:
-    assert spare_cpus(ResourceSettings(workers=3, cpus_per_worker=2), [{"CPU": 4.0}, {"CPU": 4.0}]) == 2.0
-    assert spare_cpus(ResourceSettings(workers=2, gpus_per_worker=0.5), [{"CPU": 3.0, "GPU": 1.0}]) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("resources", "nodes"),
-    [
-        (ResourceSettings(workers=4), [{"CPU": 4.0}]),  # nothing left for data
-        (ResourceSettings(workers=1, cpus_per_worker=4), [{"CPU": 3.0}, {"CPU": 3.0}]),  # in sum, but on no node
-        (ResourceSettings(workers=1, gpus_per_worker=1), [{"CPU": 8.0}]),
-        (ResourceSettings(workers=3, gpus_per_worker=1), [{"CPU": 8.0, "GPU": 2.0}]),
-        (ResourceSettings(workers=1), []),
-    ],
-)
-def test_a_pool_that_never_fits_is_refused_with_the_numbers(
-    resources: ResourceSettings, nodes: list[dict[str, float]]
-) -> None:
-    with pytest.raises(UsageError, match=f"resources.workers={resources.workers} .*do not fit.*room for"):
-        spare_cpus(resources, nodes)
 
 
 @pytest.mark.parametrize(("workers", "spare"), [(1, 1.0), (4, 1.0), (40, 2.0), (3, 100.0), (1, 1.5)])
