@@ -121,7 +121,7 @@ def _s3_options() -> dict[str, Any]:
 def _explanation(url: str, error: BaseException) -> UsageError | JobError:
     effort = ""
     if isinstance(error, StillFailingError) and error.__cause__ is not None:
-        effort, error = f"; {error}", error.__cause__
+        effort, error = f"; {error}" if error.tries > 1 else "", error.__cause__
     if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
         return UsageError(f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, (*_AWAY, ClientPayloadError)) or isinstance(error.__cause__, HttpConnectionError):
