@@ -1,7 +1,7 @@
 """Where Ray Train keeps checkpoints: its own way to the store is pyarrow's, with tries that last as long as ours.
 
-Without this a checkpoint's upload is given up after three tries, about a second, and each restart of a store costs the
-training a restart of all its workers.
+Without this a worker gives a checkpoint up after three tries, at most three seconds: that is what is left of pyarrow's
+patience when it has been pickled. Each blink of a store would cost the training a restart of all its workers.
 """
 
 from __future__ import annotations
