@@ -8,7 +8,7 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIN
 SOURCES := freesolo jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-slow bench lint type format lock clean chromium
+.PHONY: help environment demo test test-slow chaos bench lint type format lock clean chromium
 
 help:  ## What can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,10 +60,13 @@ $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 
 test: $(READY) chromium  ## The tests (about 13 minutes on 2 cores)
 	@echo "test: unit, numerics, integration and end-to-end tests, about 13 minutes on 2 cores"
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+	$(BIN)/python -m pytest -m "not slow and not gpu and not chaos" --durations=10
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)
-	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=3600 --durations=10
+	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" --timeout=3600 --durations=10
+
+chaos: $(READY)  ## Jobs while things break; what was lost, done twice, and how long it took goes to build/chaos
+	$(BIN)/python -m pytest -m chaos --timeout=1800 --durations=10
 
 bench: $(READY)  ## Times beside named peers', asserting none (about a minute on 2 cores)
 	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json

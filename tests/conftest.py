@@ -11,6 +11,7 @@ import ray
 from s3fs import S3FileSystem
 
 from freesolo.cluster import OWN_CLUSTER
+from tests.faults import FaultyProxy
 from tests.servers import S3Server
 
 
@@ -20,6 +21,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server = S3Server(tmp_path_factory.mktemp("s3"))
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
+    """Between the cluster's workers and the S3 server; breaks nothing until a test tells it to."""
+    with FaultyProxy(s3_server.url) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_server: S3Server) -> Iterator[None]:
+def ray_cluster(s3_server: S3Server, s3_proxy: FaultyProxy) -> Iterator[None]:
     """A cluster of 6 CPUs, whatever the machine has: Ray Data needs some beside the workers of a test."""
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
@@ -50,6 +58,7 @@ def ray_cluster(s3_server: S3Server) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as of_workers:  # as on a cluster, whose pods have credentials of their own
             for name, value in s3_server.environment.items():
                 of_workers.setenv(name, value)
+            of_workers.setenv("AWS_ENDPOINT_URL", s3_proxy.url)
             ray.init(
                 address="local",
                 num_cpus=6,

@@ -220,7 +220,7 @@ class S3Server(Server):
         command = [weed, "-logtostderr=true", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-dir=data"]
         command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-master.electionTimeout=2s"]
         command += ["-volume.max=1000", "-volume.preStopSeconds=0", "-filer", "-s3", "-s3.config=s3.json"]
-        command += ["-s3.autoCreateBucket=false", "-s3.port.iceberg=0"]
+        command += ["-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         for part, port in self._ports.items():
             name, _, kind = part.partition(".")
             command.append(f"-{name}.port{'.' + kind if kind else ''}={port}")

@@ -1,7 +1,8 @@
 """Files by fsspec URL: a bare path, `file://`, `s3://` and `memory://` behave the same.
 
 Credentials and endpoints come from the environment of the store's own library (`AWS_*`, `AWS_ENDPOINT_URL`).
-What goes wrong on the way is told in one line: what was tried, where, and what to do.
+What fails in passing is tried again (`freesolo.data.stores`): all that is done here may be done twice. What goes wrong
+for good is told in one line: what was tried, where, and what to do.
 """
 
 from __future__ import annotations
@@ -11,31 +12,17 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
-from aiohttp import ClientConnectionError as HttpConnectionError
-from botocore.exceptions import (  # type: ignore[import-untyped]
-    BotoCoreError,
-    ClientError,
-    HTTPClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
-from botocore.exceptions import ConnectionError as BotoConnectionError
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from freesolo.errors import JobError, UsageError
+from freesolo.data.stores import UnreadableFileError as UnreadableFileError  # callers meet it here
+from freesolo.data.stores import ask, explained, is_there_already, is_transient, resolve
 
-# What a store's library raises when the store, the network or the URL is at fault; the rest is a bug.
-_STORE_ERRORS = (OSError, BotoCoreError, ClientError, HttpConnectionError)
 _READ_BLOCK = 8 * 2**20
-
-
-class UnreadableFileError(UsageError):
-    """One file that is missing, forbidden or a folder, while its store answers well enough."""
 
 
 @runtime_checkable
@@ -54,7 +41,7 @@ def join(url: str, *parts: str) -> str:
 
 def is_local(url: str) -> bool:
     """Whether `url` is on this machine's file system."""
-    return isinstance(_resolve(url)[0], LocalFileSystem)
+    return isinstance(resolve(url)[0], LocalFileSystem)
 
 
 def exists(url: str) -> bool:
@@ -73,22 +60,25 @@ def size(url: str) -> int | None:
     Raises:
         UsageError, JobError: As `exists`.
     """
-    store, path = _resolve(url)
-    with _explained(url):
+    store, path = resolve(url)
+
+    def look() -> dict[str, Any] | None:
         try:
-            details = store.info(path)
+            details: dict[str, Any] = store.info(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if isinstance(error.__cause__, HttpConnectionError):  # fsspec takes a server that is away for no file
-                raise error.__cause__ from error
+            if is_transient(error):
+                raise
             return None
-    return int(details["size"]) if details["type"] == "file" else None
+        return details
+
+    details = ask(url, look)
+    return int(details["size"]) if details is not None and details["type"] == "file" else None
 
 
 def is_folder(url: str) -> bool:
     """Whether there is a folder at `url`; in an object store, whether any name begins with it."""
-    store, path = _resolve(url)
-    with _explained(url):
-        return bool(store.isdir(path))
+    store, path = resolve(url)
+    return ask(url, lambda: bool(store.isdir(path)))
 
 
 def read_bytes(url: str) -> bytes:
@@ -99,21 +89,23 @@ def read_bytes(url: str) -> bytes:
         UsageError: No credentials, unknown protocol.
         JobError: The store cannot be reached or failed.
     """
-    store, path = _resolve(url)
-    with _explained(url):
-        return bytes(store.cat_file(path))
+    store, path = resolve(url)
+    return ask(url, lambda: bytes(store.cat_file(path)))
 
 
 @contextmanager
 def open_stream(url: str) -> Iterator[ReadStream]:
     """A file opened to be read once from front to back, in constant memory.
 
+    A read that breaks goes on where it broke off: what comes is the whole file, or an error.
+
     Raises:
         UsageError, JobError: As `read_bytes`, on opening or while reading.
+        JobError: The file was replaced by another while it was read.
     """
-    store, path = _resolve(url)
-    with _explained(url), store.open(path, "rb", block_size=_READ_BLOCK) as stream:
-        yield stream
+    store, path = resolve(url)
+    with ask(url, lambda: store.open(path, "rb", block_size=_READ_BLOCK)) as file:
+        yield file if file.size is None else _SteadyStream(url, file)  # None: an HTTP server that doesn't say
 
 
 def write_atomic(url: str, data: bytes) -> None:
@@ -123,13 +115,12 @@ def write_atomic(url: str, data: bytes) -> None:
         UsageError: No such bucket, no credentials, no permission, unknown protocol.
         JobError: The store cannot be reached or failed, or the disk is full.
     """
-    store, path = _resolve(url)
+    store, path = resolve(url)
     if isinstance(store, LocalFileSystem):
         with atomic_writer(url) as stream:
             stream.write(data)
         return
-    with _explained(url):
-        store.pipe_file(path, data)
+    ask(url, lambda: store.pipe_file(path, data))
 
 
 def create_file(url: str, data: bytes) -> bool:
@@ -138,31 +129,30 @@ def create_file(url: str, data: bytes) -> bool:
     On a local disk a reader may see it before all of it is written; in an object store it appears whole.
 
     Returns:
-        Whether this call wrote it.
+        Whether this call wrote it. Where the store's answer was lost on the way, a file of this call counts as there.
 
     Raises:
         UsageError, JobError: As `write_atomic`.
     """
-    store, path = _resolve(url)
-    with _explained(url):
+    store, path = resolve(url)
+
+    def create() -> bool:
+        local = isinstance(store, LocalFileSystem)
+        if local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            if isinstance(store, LocalFileSystem):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            if local:
                 with Path(path).open("xb") as stream:
                     stream.write(data)
             else:
                 store.pipe_file(path, data, mode="create")
         except OSError as error:
-            if isinstance(error, FileExistsError) or _was_there_first(error.__cause__):
-                return False
-            raise
-    return True
+            if not is_there_already(error):
+                raise
+            return False
+        return True
 
-
-def _was_there_first(error: BaseException | None) -> bool:
-    """Whether an object store refused a conditional put because of what is there, or of another put under way."""
-    refusals = ("PreconditionFailed", "ConditionalRequestConflict")
-    return isinstance(error, ClientError) and error.response["Error"].get("Code") in refusals
+    return ask(url, create)
 
 
 def remove_file(url: str) -> None:
@@ -171,9 +161,13 @@ def remove_file(url: str) -> None:
     Raises:
         UsageError, JobError: As `write_atomic`.
     """
-    store, path = _resolve(url)
-    with _explained(url), suppress(FileNotFoundError):
-        store.rm_file(path)
+    store, path = resolve(url)
+
+    def remove() -> None:
+        with suppress(FileNotFoundError):
+            store.rm_file(path)
+
+    ask(url, remove)
 
 
 @contextmanager
@@ -186,24 +180,24 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
     Raises:
         UsageError, JobError: As `write_atomic`.
     """
-    store, path = _resolve(url)
+    store, path = resolve(url)
     folder = Path(path).parent if isinstance(store, LocalFileSystem) else Path(tempfile.gettempdir())
     temporary = folder / f".{PurePosixPath(path).name}.{os.getpid()}-{secrets.token_hex(4)}.part"
-    with _explained(url):
+    with explained(url):
         folder.mkdir(parents=True, exist_ok=True)
         stream = temporary.open("xb")
     try:
         with stream:
             yield stream
-            with _explained(url):
+            with explained(url):
                 stream.flush()
                 os.fsync(stream.fileno())
-        with _explained(url):
-            if isinstance(store, LocalFileSystem):
+        if isinstance(store, LocalFileSystem):
+            with explained(url):
                 temporary.replace(path)
                 _sync_folder(folder)
-            else:
-                store.put_file(str(temporary), path)
+        else:
+            ask(url, lambda: store.put_file(str(temporary), path))
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -214,9 +208,8 @@ def list_files(url: str) -> list[str]:
     Raises:
         UsageError, JobError: As `read_bytes`.
     """
-    store, path = _resolve(url)
-    with _explained(url):
-        found = store.find(path)
+    store, path = resolve(url)
+    found = ask(url, lambda: store.find(path))
     root = path.rstrip("/") + "/"
     return sorted(name.removeprefix(root) for name in found if name.startswith(root))
 
@@ -230,9 +223,8 @@ def glob_files(pattern: str) -> tuple[str, list[str]]:
     Raises:
         UsageError, JobError: As `read_bytes`.
     """
-    store, path = _resolve(pattern)
-    with _explained(pattern):
-        found = store.glob(path, detail=True)
+    store, path = resolve(pattern)
+    found = ask(pattern, lambda: store.glob(path, detail=True))
     fixed = list(takewhile(lambda part: not has_wildcard(part), path.split("/")))
     depth = len("/".join([*fixed, ""]))
     names = sorted(name[depth:] for name, details in found.items() if details["type"] == "file")
@@ -246,47 +238,29 @@ def has_wildcard(text: str) -> bool:
     return any(character in text for character in "*?[")
 
 
-def _resolve(url: str) -> tuple[Any, str]:
-    """The file system of a URL and the path in it, without a cache of listings: other processes write there too."""
-    if not url:
-        raise UsageError("an empty URL: give a path, file://..., s3://bucket/... or another fsspec URL")
-    try:
-        store, path = url_to_fs(url, use_listings_cache=False)
-    except (ValueError, ImportError) as error:
-        raise UsageError(f"{url}: {_one_line(error)}; give a path, file://... or s3://bucket/...") from error
-    return store, str(path)
+class _SteadyStream:
+    """A store's file, read to its end whatever connections break on the way."""
 
+    def __init__(self, url: str, file: Any) -> None:
+        self._url = url
+        self._file = file  # of fsspec: keeps its place when a read fails
+        self._left = int(file.size)
 
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """Turn what a store's library raises into one line with what to do."""
-    try:
-        yield
-    except _STORE_ERRORS as error:
-        raise _explanation(url, error) from error
+    def read(self, size: int = -1, /) -> bytes:
+        wanted = self._left if size < 0 else min(size, self._left)
+        pieces: list[bytes] = []
+        while wanted:
+            piece = ask(self._url, partial(self._some, min(wanted, _READ_BLOCK)))
+            pieces.append(piece)
+            wanted -= len(piece)
+            self._left -= len(piece)
+        return b"".join(pieces)
 
-
-def _explanation(url: str, error: BaseException) -> UsageError | JobError:
-    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
-        return UsageError(f"{url}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    if isinstance(error, FileNotFoundError):
-        return UnreadableFileError(f"{url}: no such file or bucket; check the URL")
-    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
-        return UnreadableFileError(f"{url}: {_one_line(error)}; a folder where a file should be, or the reverse")
-    if isinstance(error, PermissionError):
-        return UnreadableFileError(
-            f"{url}: access denied ({_one_line(error)}); check the credentials and the permissions"
-        )
-    away = (HTTPClientError, BotoConnectionError, HttpConnectionError, ConnectionError, TimeoutError)
-    if isinstance(error, away):
-        return JobError(
-            f"{url}: the store cannot be reached ({_one_line(error)}); check AWS_ENDPOINT_URL and the network"
-        )
-    return JobError(f"{url}: {_one_line(error)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    def _some(self, size: int) -> bytes:
+        piece = bytes(self._file.read(size))
+        if not piece:
+            raise ConnectionError(f"nothing came where {self._left} bytes were left")
+        return piece
 
 
 def _sync_folder(folder: Path) -> None:

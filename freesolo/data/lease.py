@@ -184,7 +184,8 @@ class _Lease:
     def stop(self) -> None:
         """Release it, if it is still held."""
         self._over.set()
-        self._threads[0].join(self._own_seconds)
+        if self._lost is None:
+            self._threads[0].join(self._own_seconds)
         if self._lost is None and not self._threads[0].is_alive():
             try:
                 for number in reversed([number for number in _numbers(self._url) if number <= self._number]):

@@ -37,7 +37,7 @@ from ray.train.torch import TorchTrainer
 
 from freesolo.cluster import check_cluster, data_cpus
 from freesolo.config import Job
-from freesolo.data.files import is_local, join, write_atomic
+from freesolo.data.files import join, write_atomic
 from freesolo.data.ingest import TrainingStream, configure_ray_data
 from freesolo.errors import JobError, UsageError
 from freesolo.ops.collectives import rank
@@ -51,6 +51,7 @@ from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, s
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
 from freesolo.train.steps_shown import steps_shown
+from freesolo.train.storage import checkpoint_storage
 
 _LOG = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -134,7 +135,7 @@ def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, f
     with steps_shown(plan.folder.stage, plan.loop.steps) as board, on_termination(board.stop.remote):
         try:
             result = _fit(_trainer(plan, resources, {"plan": plan, "resources": resources, "board": board}))
-        except TrainingFailedError as error:
+        except (TrainingFailedError, OSError) as error:  # OSError: the store, before any worker was started
             reason = " ".join(str(error).split())
             raise JobError(f"{plan.folder.url}: training failed: {reason}; run the same again to go on") from error
     outcome: Outcome = result.return_value  # type: ignore[attr-defined]
@@ -160,7 +161,7 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
 
 
 def _trainer(plan: TrainingPlan, resources: ResourceSettings, config: dict[str, Any]) -> TorchTrainer:
-    storage = str(Path(plan.folder.url).resolve()) if is_local(plan.folder.url) else plan.folder.url
+    storage, filesystem = checkpoint_storage(plan.folder.url)
     return TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's stubs are of Train V1, whose functions returned nothing
         train_loop_config=config,
@@ -177,6 +178,7 @@ def _trainer(plan: TrainingPlan, resources: ResourceSettings, config: dict[str, 
         run_config=RunConfig(
             name="checkpoints",
             storage_path=storage,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=plan.loop.keep_checkpoints),
         ),

@@ -23,6 +23,7 @@ from s3fs import S3FileSystem
 
 from freesolo import cli
 from freesolo.config import TrainJob, load_config
+from freesolo.data import retry
 from freesolo.data.labels import ImageLabels, LabelPlan, begin_label_set, finish_label_set, write_label_file
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
@@ -388,7 +389,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, closed_port: in
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(retry, "PATIENCE", retry.Patience(seconds=0.0))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 

@@ -1,0 +1,47 @@
+"""Where Ray Train keeps checkpoints: its own way to the store is pyarrow's, with tries that last as long as ours.
+
+Without this a worker gives a checkpoint up after three tries, at most three seconds: that is what is left of pyarrow's
+patience when it has been pickled. Each blink of a store would cost the training a restart of all its workers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, S3FileSystem
+
+from freesolo.data.files import is_local
+from freesolo.data.stores import CONNECT_TIMEOUT, READ_TIMEOUT
+
+# AWS's standard strategy: what may pass is tried again, after a wait of a random share of 1, 2, 4, ... seconds, 20 at
+# most. The waits of 12 tries are 123 s on average; of 20,000 draws the shortest was 56 s.
+_TRIES = 12
+
+
+class _PatientS3(S3FileSystem):  # type: ignore[misc]
+    """pyarrow's S3 with its tries, which pyarrow itself forgets when it is pickled for the workers."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(**options, retry_strategy=AwsStandardS3RetryStrategy(max_attempts=_TRIES))
+        self._options = options
+
+    def __reduce__(self) -> tuple[type[_PatientS3], tuple[dict[str, Any]]]:
+        return _PatientS3, (self._options,)
+
+
+def checkpoint_storage(url: str) -> tuple[str, FileSystem | None]:
+    """What Ray's `RunConfig` takes as `storage_path` and `storage_filesystem` for a folder.
+
+    Credentials and the endpoint are looked up in each process's own environment, and are not sent to the workers.
+    """
+    if is_local(url):
+        return str(Path(url).resolve()), None
+    store, path = FileSystem.from_uri(url)
+    if not isinstance(store, S3FileSystem):
+        return url, None
+    _, (options,) = (
+        store.__reduce__()
+    )  # all that was read from the URL and the environment, the bucket's region for one
+    options |= {"connect_timeout": CONNECT_TIMEOUT, "request_timeout": READ_TIMEOUT}
+    return path, _PatientS3(options)
