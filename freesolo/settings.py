@@ -112,7 +112,7 @@ class LoopSettings(Settings):
     seed: NonNegative = 0
     log_every: Positive = 10
     checkpoint_every: Positive = 500
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = 2  # the last ones; the best one is kept too
     overlay_every: NonNegative = 0  # steps between pictures of sample predictions; 0: none
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU

@@ -1,10 +1,14 @@
-"""Real servers for tests, on ports of their own on loopback: started by whoever needs one, and stopped with it."""
+"""Real servers for tests, on ports of their own: started by whoever needs one, and stopped with it.
+
+They run on this host's loopback, or on one of several hosts (`tests.chaos.hosts`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,11 +18,29 @@ import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 START_SECONDS = 120.0
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where servers run.
+
+    Attributes:
+        address: That they listen on.
+        enter: What a command is prefixed with to run there.
+    """
+
+    address: str = "127.0.0.1"
+    enter: tuple[str, ...] = ()
+
+
+HERE = Host()
 
 
 def free_ports(count: int) -> list[int]:
@@ -33,13 +55,15 @@ def free_ports(count: int) -> list[int]:
 class Server(ABC):
     """A program that answers on a port, can be killed, and started again with the same data."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: Host = HERE) -> None:
         """Choose its ports; nothing is started yet.
 
         Args:
             folder: For its data and its log.
+            host: Where it will run.
         """
         self.folder = folder
+        self.host = host
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -72,7 +96,12 @@ class Server(ABC):
         with log.open("ab") as stream:
             environment = {**os.environ, **self.settings()}
             self._process = subprocess.Popen(
-                self.command(), env=environment, stdout=stream, stderr=stream, start_new_session=True, cwd=self.folder
+                [*self.host.enter, *self.command()],
+                env=environment,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+                cwd=self.folder,
             )
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
@@ -110,79 +139,191 @@ class Server(ABC):
             return False
 
 
-class RayHead(Server):
-    """`ray start --head`, with the dashboard that jobs are submitted to."""
+class RayNode(Server):
+    """`ray start`: a node of a cluster, with all the processes that it starts."""
 
-    def __init__(self, folder: Path, *, num_cpus: int) -> None:
-        super().__init__(folder)
+    def __init__(
+        self,
+        folder: Path,
+        host: Host = HERE,
+        *,
+        num_cpus: int,
+        labels: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Choose its ports.
+
+        Args:
+            folder: For its log and sessions.
+            host: Where it will run.
+            num_cpus: That Ray takes it to have.
+            labels: Ray's, of the node.
+            environment: Of the node, and so of the workers that it starts.
+        """
+        super().__init__(folder, host)
         self._num_cpus = num_cpus
-        self._port, self._dashboard_port, self._client_port, self._agent_port = free_ports(4)
+        self._labels = labels or {}
+        self._environment = environment or {}
+        self._agent_port, self._grpc_port = free_ports(2)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._dashboard_port}"
-
-    @property
-    def health_url(self) -> str:
-        return f"{self.url}/api/version"
-
-    def command(self) -> Sequence[str]:
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={self._port}"]
-        command += ["--node-ip-address=127.0.0.1", f"--num-cpus={self._num_cpus}", f"--temp-dir={self.folder}"]
-        command += ["--include-dashboard=true", f"--dashboard-port={self._dashboard_port}"]
-        return [
-            *command,
-            f"--ray-client-server-port={self._client_port}",
+    def _start(self, *options: str) -> Sequence[str]:
+        command = [RAY, "start", "--block", f"--node-ip-address={self.host.address}", f"--num-cpus={self._num_cpus}"]
+        command += [
             f"--dashboard-agent-listen-port={self._agent_port}",
+            f"--dashboard-agent-grpc-port={self._grpc_port}",
         ]
+        command += [f"--object-store-memory={400 * 2**20}", f"--temp-dir={self.folder}"]
+        labels = ",".join(f"{name}={value}" for name, value in self._labels.items())
+        return [*command, *([f"--labels={labels}"] if labels else []), *options]
 
     def settings(self) -> Mapping[str, str]:
+        loopback = self.host.address == "127.0.0.1"
         return {
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if loopback else "1",
             "RAY_ADDRESS": "",
             "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            **self._environment,
         }
 
     def kill(self) -> None:
         """With all that it started: its workers are in sessions of their own."""
         if self._process is None:
             return
-        head = psutil.Process(self._process.pid)
-        for member in [*head.children(recursive=True), head]:
+        node = psutil.Process(self._process.pid)
+        for member in [*node.children(recursive=True), node]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
         self._process.wait(30)
         self._process = None
 
 
-class MlflowServer(Server):
-    """`mlflow server` on SQLite."""
+class RayHead(RayNode):
+    """`ray start --head`, with the dashboard that jobs are submitted to."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        (self._port,) = free_ports(1)
+    def __init__(
+        self, folder: Path, host: Host = HERE, *, num_cpus: int, environment: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(folder, host, num_cpus=num_cpus, environment=environment)
+        self._port, self._dashboard_port, self._client_port = free_ports(3)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self.host.address}:{self._dashboard_port}"
+
+    @property
+    def address(self) -> str:
+        """What other nodes join."""
+        return f"{self.host.address}:{self._port}"
+
+    @property
+    def health_url(self) -> str:
+        return f"{self.url}/api/version"
+
+    def command(self) -> Sequence[str]:
+        return self._start(
+            "--head",
+            f"--port={self._port}",
+            "--include-dashboard=true",
+            f"--dashboard-host={self.host.address}",
+            f"--dashboard-port={self._dashboard_port}",
+            f"--ray-client-server-port={self._client_port}",
+        )
+
+
+class MlflowServer(Server):
+    """`mlflow server`, on SQLite and a folder unless told otherwise."""
+
+    def __init__(
+        self,
+        folder: Path,
+        host: Host = HERE,
+        *,
+        backend: str | None = None,
+        artifacts: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Choose its port.
+
+        Args:
+            folder: For its log, and for what is not elsewhere.
+            host: Where it will run.
+            backend: URI of its database.
+            artifacts: URL of its artifacts.
+            environment: What its way to those needs.
+        """
+        super().__init__(folder, host)
+        (self._port,) = free_ports(1)
+        self._backend = backend or f"sqlite:///{folder}/mlflow.db"
+        self._artifacts = artifacts or str(folder / "artifacts")
+        self._environment = environment or {}
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host.address}:{self._port}"
 
     @property
     def health_url(self) -> str:
         return f"{self.url}/health"
 
     def command(self) -> Sequence[str]:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        return [*command, "--artifacts-destination", str(self.folder / "artifacts")]
+        command = [sys.executable, "-m", "mlflow", "server", "--host", self.host.address, "--port", str(self._port)]
+        command += ["--workers", "1", "--backend-store-uri", self._backend]
+        command += ["--allowed-hosts", f"{self.host.address}:*,localhost:*,127.0.0.1:*"]
+        return [*command, "--artifacts-destination", self._artifacts]
 
     def settings(self) -> Mapping[str, str]:
         return {
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "DO_NOT_TRACK": "true",
+            **self._environment,
         }
+
+
+class PostgresServer(Server):
+    """PostgreSQL, as Debian installs it; it refuses to run as root, and who has no password."""
+
+    USER, PASSWORD = "mlflow", "mlflow-secret"
+
+    def __init__(self, folder: Path, host: Host = HERE) -> None:
+        super().__init__(folder, host)
+        (self._port,) = free_ports(1)
+        self._programs = max(Path("/usr/lib/postgresql").glob("*/bin"))
+
+    @staticmethod
+    def installed() -> bool:
+        """Whether it can be started here: it needs Debian's package, and root to become its user."""
+        return any(Path("/usr/lib/postgresql").glob("*/bin/initdb")) and os.geteuid() == 0
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://{self.USER}:{self.PASSWORD}@{self.host.address}:{self._port}/postgres"
+
+    def command(self) -> Sequence[str]:
+        data = self.folder / "data"
+        if not data.exists():
+            self._make(data)
+        listening = ["-h", self.host.address, "-p", str(self._port), "-k", str(self.folder)]
+        return ["runuser", "-u", "postgres", "--", str(self._programs / "postgres"), "-D", str(data), *listening]
+
+    def _make(self, data: Path) -> None:
+        """A new database cluster, whose administrator has the password."""
+        shutil.chown(self.folder, "postgres")
+        self.folder.chmod(0o755)
+        password = self.folder / "password"
+        password.write_text(self.PASSWORD)
+        password.chmod(0o644)
+        command = ["runuser", "-u", "postgres", "--", str(self._programs / "initdb"), "-D", str(data), "-U", self.USER]
+        command += ["--auth=scram-sha-256", f"--pwfile={password}", "--no-sync"]
+        subprocess.run(command, check=True, capture_output=True, cwd=self.folder)
+        with (data / "pg_hba.conf").open("a") as rules:
+            rules.write(f"host all all {self.host.address}/24 scram-sha-256\n")
+
+    def _answers(self) -> bool:
+        ready = [str(self._programs / "pg_isready"), "-h", self.host.address, "-p", str(self._port)]
+        return subprocess.run([*self.host.enter, *ready], capture_output=True, check=False).returncode == 0
 
 
 class S3Server(Server):
@@ -190,13 +331,13 @@ class S3Server(Server):
 
     _PARTS = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, host: Host = HERE) -> None:
+        super().__init__(folder, host)
         self._ports = dict(zip(self._PARTS, free_ports(len(self._PARTS)), strict=True))
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._ports['s3']}"
+        return f"http://{self.host.address}:{self._ports['s3']}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -217,7 +358,14 @@ class S3Server(Server):
         (self.folder / "s3.json").write_text(json.dumps({"identities": identities}))
         (self.folder / "data").mkdir(exist_ok=True)
         weed = str(Path(sys.executable).parent / "weed")
-        command = [weed, "-logtostderr=true", "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-dir=data"]
+        command = [
+            weed,
+            "-logtostderr=true",
+            "server",
+            f"-ip={self.host.address}",
+            f"-ip.bind={self.host.address}",
+            "-dir=data",
+        ]
         command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-master.electionTimeout=2s"]
         command += ["-volume.max=1000", "-volume.preStopSeconds=0", "-filer", "-s3", "-s3.config=s3.json"]
         command += ["-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]

@@ -47,6 +47,7 @@ from freesolo.stages import StageFolder
 from freesolo.termination import on_termination
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import TrackedRun, Witness
+from freesolo.train.best import BestCheckpoint
 from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
@@ -83,7 +84,7 @@ class TrainingPlan:
     """What the driver sends to the workers.
 
     Attributes:
-        folder: Of the stage; gets `checkpoints/`, `metrics.jsonl` and `model.pt`.
+        folder: Of the stage; gets `checkpoints/`, `best/`, `metrics.jsonl` and `model.pt`.
         job: The resolved configuration.
         loop: The part of it that says how long and how often.
         tracked: The MLflow run.
@@ -271,8 +272,10 @@ class _RunRecorder:
         self._leads = rank() == 0
         self._looked = time.monotonic()
         self._saved_for: set[str] = set()
+        self._losses: list[float] = []
         if self._leads:
             self._stop_wanted = board.stop_wanted.remote()
+            self._best = BestCheckpoint(plan.folder.url)
             self._journal = Journal(plan.folder.url, resume_step=start.step + 1)
             self._witness = Witness(plan.tracked, self._journal)
             self._witness.settings(plan.job)
@@ -285,6 +288,7 @@ class _RunRecorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self._leads:
+            self._best.close()
             self._journal.flush()
             delivery = self._witness.close("FINISHED" if error is None else "FAILED")
             self._journal.close()
@@ -293,6 +297,7 @@ class _RunRecorder:
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.last_metrics = values
         if self._leads:
+            self._losses.append(values["loss"])
             self._journal.append(step, values)
             self._board.tell.remote(step)
 
@@ -352,6 +357,9 @@ class _RunRecorder:
         folder = tempfile.mkdtemp(prefix="freesolo-checkpoint-")
         commit = git_commit() or code_version()
         save_checkpoint(Path(folder), self._training.learner, progress, self._plan.job, commit)
+        if self._losses:
+            self._best.offer(Path(folder), name, sum(self._losses) / len(self._losses))
+            self._losses = []
         ray.train.report(
             {"step": progress.step},
             checkpoint=Checkpoint.from_directory(folder),

@@ -218,7 +218,7 @@ def test_an_s3_server_that_is_away_is_explained(monkeypatch: pytest.MonkeyPatch)
         port = free.getsockname()[1]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr(retry, "PATIENCE", retry.Patience(seconds=0.3, first_wait=0.1))
+    monkeypatch.setattr(retry, "PATIENCE", retry.Patience(seconds=3.0, first_wait=0.1))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     for act in (files.read_bytes, files.exists, lambda url: files.write_atomic(url, b"1")):
         with pytest.raises(JobError, match=r"^s3://away/x: the store cannot be reached .*times in .*AWS_ENDPOINT_URL"):

@@ -1,0 +1,172 @@
+"""Three hosts with Ray, a fourth with the stores: object storage, and MLflow on PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from s3fs import S3FileSystem
+
+from tests.chaos.hosts import Network, network
+from tests.servers import RAY, Host, MlflowServer, PostgresServer, RayHead, RayNode, S3Server
+
+ROOT = Path(__file__).parents[2]
+WORKER = {"freesolo.io/role": "worker"}
+"""The Ray label of the nodes that may be lost; the head is not one."""
+
+
+class Worker(RayNode):
+    """A node that joins a head."""
+
+    def __init__(self, folder: Path, host: Host, head: RayHead, *, num_cpus: int) -> None:
+        super().__init__(folder, host, num_cpus=num_cpus, labels=WORKER, environment=head.settings())
+        self._head = head
+
+    @property
+    def url(self) -> str:
+        return self._head.url
+
+    def command(self) -> Sequence[str]:
+        return self._start(f"--address={self._head.address}")
+
+    def _answers(self) -> bool:
+        return "Ray runtime started" in (self.folder / "server.log").read_text(errors="replace")
+
+
+@dataclass
+class Cluster:
+    """What runs where, and how a person reaches it."""
+
+    network: Network
+    folder: Path
+    store: S3Server
+    mlflow: MlflowServer
+    database: PostgresServer
+    head: RayHead
+    environment: Mapping[str, str]
+    workers: dict[str, Worker] = field(default_factory=dict)
+    started: int = 0
+
+    def join(self, name: str, *, num_cpus: int = 3) -> None:
+        """A node starts on a host: a new one, or again on one that was lost."""
+        if name not in self.network.hosts:
+            self.network.add(name)
+        self.started += 1
+        folder = self.folder / f"w{self.started}"
+        folder.mkdir()
+        self.workers[name] = Worker(folder, self.network.hosts[name], self.head, num_cpus=num_cpus)
+        self.workers[name].start()
+
+    def lose(self, name: str) -> None:
+        """The node's host loses power."""
+        self.network.kill(name)
+        self.workers.pop(name).kill()
+
+    def host_of(self, process_name: str) -> str | None:
+        """A worker host on which a process of this name runs; None if there is none."""
+        for name in self.workers:
+            for number in self.network.processes(name):
+                try:
+                    if process_name in Path(f"/proc/{number}/cmdline").read_text(errors="replace"):
+                        return name
+                except OSError:
+                    continue  # it has just ended
+        return None
+
+    def submit(self, *job: str) -> subprocess.Popen[str]:
+        """`ray job submit`, which follows the job's logs to its end."""
+        command = [RAY, "job", "submit", "--address", self.head.url, "--working-dir", ".", "--", sys.executable, *job]
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115  read by `finish`
+        environment = {**os.environ, **self.environment}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
+        process.log = log  # type: ignore[attr-defined]
+        return process
+
+    def bucket(self, name: str) -> str:
+        """A new bucket's URL."""
+        with _set(self.environment):
+            S3FileSystem.clear_instance_cache()
+            S3FileSystem().mkdir(name)
+        return f"s3://{name}"
+
+
+def finish(job: subprocess.Popen[str], *, seconds: float = 900.0) -> dict[str, object]:
+    """Wait for a submitted job; its result, which is the last line of JSON in its logs."""
+    try:
+        code = job.wait(seconds)
+    finally:
+        job.kill()
+        job.log.seek(0)  # type: ignore[attr-defined]
+        logs = job.log.read()  # type: ignore[attr-defined]
+        job.log.close()  # type: ignore[attr-defined]
+    assert code == 0, logs[-8000:]
+    result: dict[str, object] = json.loads([line for line in logs.splitlines() if line.startswith('{"stage"')][-1])
+    return result
+
+
+def wait_for(happened: Callable[[], object], *, seconds: float = 300.0, what: str) -> None:
+    """Wait until something is true."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
+        time.sleep(0.2)
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    """A head and its stores; nodes join by `Cluster.join`. All is killed at the end."""
+    with ExitStack() as stack:
+        net = stack.enter_context(network())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fs", ignore_cleanup_errors=True)))
+        folder.chmod(0o755)
+        store_host, head_host = net.add("store"), net.add("head")
+        for name in ("s3", "db", "ml", "h"):
+            (folder / name).mkdir()
+        store = S3Server(folder / "s3", store_host)
+        database = PostgresServer(folder / "db", store_host)
+        artifacts = "s3://mlflow/artifacts"
+        mlflow = MlflowServer(
+            folder / "ml", store_host, backend=database.url, artifacts=artifacts, environment=store.environment
+        )
+        environment = {
+            **store.environment,
+            "MLFLOW_TRACKING_URI": mlflow.url,
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "a-token-of-the-tests",
+            # A node that is gone is missed after seconds, not half a minute.
+            "RAY_health_check_initial_delay_ms": "2000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_failure_threshold": "3",
+        }
+        head = RayHead(folder / "h", head_host, num_cpus=2, environment=environment)
+        made = Cluster(net, folder, store, mlflow, database, head, head.settings())
+        for server in (store, database):
+            server.start()
+        made.bucket("mlflow")
+        mlflow.start()
+        head.start()
+        yield made
+
+
+@contextmanager
+def _set(environment: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
