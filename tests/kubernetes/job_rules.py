@@ -74,11 +74,17 @@ def _environment(build: Build, one: Object) -> Mapping[str, str]:
 
 
 def _variables(text: str) -> list[str]:
-    return [found[1] or found[2] for found in _VARIABLE.finditer(text)]
+    return [found[1] or found[2] for part in _read_by_the_shell(text) for found in _VARIABLE.finditer(part)]
 
 
 def _expanded(text: str, environment: Mapping[str, str]) -> str:
-    return _VARIABLE.sub(lambda found: environment[found[1] or found[2]], text)
+    parts = re.split(r"('[^']*')", text)  # every second one is in single quotes, where a shell puts nothing in
+    parts[::2] = [_VARIABLE.sub(lambda found: environment[found[1] or found[2]], part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _read_by_the_shell(text: str) -> list[str]:
+    return re.split(r"'[^']*'", text)
 
 
 def _command(text: str) -> Command:
@@ -88,8 +94,10 @@ def _command(text: str) -> Command:
         ValueError: It is not `python jobs/X.py` with the options that all jobs have.
     """
     # KubeRay writes the command into a shell script as it is.
-    if found := re.search(r"[;&|<>`\n]", re.sub(r"'[^']*'", "", text)):
+    if found := re.search(r"[;&|<>`\n]|\$\(", " ".join(_read_by_the_shell(text))):
         raise ValueError(f"{found[0]!r} would be read by the submitter's shell; write one command, in one line")
+    if found := re.search(r"'[^']*\$[^']*'", text):
+        raise ValueError(f"{found[0]}: in single quotes the shell puts nothing in for a $; take double quotes")
     python, script, *rest = shlex.split(text)
     if python != "python" or not re.fullmatch(r"jobs/\w+\.py", script) or not (ROOT / script).is_file():
         raise ValueError(f"{python} {script}: must be `python jobs/X.py` with one of {', '.join(_scripts())}")

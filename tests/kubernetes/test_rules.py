@@ -542,6 +542,12 @@ CASES: list[tuple[str, str, Callable[[Broken], Any], tuple[str, ...]]] = [
         lambda b: put(b.job["submitterPodTemplate"]["spec"]["containers"][0], envFrom=[]),
         ("$FREESOLO_BUCKET", "submitter and head"),
     ),
+    (
+        "entrypoints",
+        "prod job",
+        lambda b: b.say("labels=$FREESOLO_BUCKET/data/free-masks", "'labels=$FREESOLO_BUCKET/data/free-masks'"),
+        ("single quotes", "take double quotes"),
+    ),
     ("entrypoints", "prod job", lambda b: drop(b.job, "entrypoint"), ("RayJob/train-solo", "needs entrypoint")),
     # Versions and metrics.
     (
