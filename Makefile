@@ -11,7 +11,7 @@ SOURCES := freesolo jobs tests
 .PHONY: help environment demo test test-slow k8s-check bench lint type format lock clean chromium
 
 help:  ## What can be made here
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 environment: $(READY)  ## A virtual environment with exact versions (about 1 minute, 2 GB)
 
