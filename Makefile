@@ -91,18 +91,21 @@ lock: $(READY)  ## Renew requirements.lock from pyproject.toml
 	@(head -1 requirements-cuda.lock; grep -vxFf requirements.lock requirements-cuda.lock.new) > requirements-cuda.lock.tmp
 	@mv requirements-cuda.lock.tmp requirements-cuda.lock && rm requirements-cuda.lock.new
 
-# `make image TORCH=cuda` for NVIDIA GPUs. CONTAINER_TOOL: docker, podman or buildah. BASE_IMAGE: see the Dockerfile.
+# CONTAINER_TOOL: docker, podman or buildah; BASE_IMAGE and the builder's secrets (by IMAGE_FLAGS): see the Dockerfile.
 CONTAINER_TOOL ?= docker
 TORCH ?= cpu
 COMMIT = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
 IMAGE ?= freesolo:$(COMMIT)-$(TORCH)
+IMAGE_FLAGS ?=
+TORCH_INDEX_URL = $(TORCH_INDEX_URL_$(TORCH))
 TORCH_INDEX_URL_cpu := https://download.pytorch.org/whl/cpu
 TORCH_INDEX_URL_cuda :=
 
 image:  ## The image, for CPUs (TORCH=cuda: for NVIDIA GPUs)
 	$(if $(filter cpu cuda,$(TORCH)),,$(error TORCH=$(TORCH): cpu or cuda))
-	$(CONTAINER_TOOL) build --tag $(IMAGE) --build-arg COMMIT=$(COMMIT) --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL_$(TORCH)) \
-		--build-arg SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) .
+	$(CONTAINER_TOOL) build --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+		--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) --build-arg COMMIT=$(COMMIT) \
+		--build-arg SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct) $(IMAGE_FLAGS) .
 
 test-image: $(READY)  ## Build the image without a Docker engine and run the pipeline in it (about 7 minutes; needs root)
 	@{ command -v buildah && command -v debootstrap; } >/dev/null || \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the image without a Docker engine, and mount it: tests/image/build.sh FOLDER; then: tests/image/build.sh FOLDER clean
+# `make image` without a Docker engine: tests/image/build.sh FOLDER, and then: tests/image/build.sh FOLDER clean
 #
 # Everything lies below FOLDER: the base (Debian 12, by debootstrap), buildah's storage, what the image holds (root), and
 # its configuration (image.json). Needs root, Debian's buildah and debootstrap, 5 GB (CUDA: 15) and some minutes.
@@ -26,11 +26,12 @@ if [ "${2:-}" = clean ]; then
 fi
 
 make_base() {
-    [ -e "$folder/base/etc/debian_version" ] ||
+    if [ ! -e "$folder/base" ]; then
         debootstrap --variant=minbase --include=python3-venv,python3-distutils,ca-certificates,netbase,tzdata \
-            bookworm "$folder/base" >"$folder/debootstrap.log" 2>&1 ||
-        { tail -20 "$folder/debootstrap.log" >&2; return 1; }
-    rm -rf "$folder/base/var/cache/apt/archives/"*.deb "$folder/base/var/lib/apt/lists/"*
+            bookworm "$folder/base.new" >"$folder/debootstrap.log" 2>&1 || { tail "$folder/debootstrap.log" >&2; exit 1; }
+        rm -rf "$folder/base.new/var/cache/apt/archives/"*.deb "$folder/base.new/var/lib/apt/lists/"*
+        mv "$folder/base.new" "$folder/base"
+    fi
     local container
     container=$("${buildah[@]}" from scratch)
     "${buildah[@]}" copy --quiet "$container" "$folder/base" / >/dev/null
@@ -67,12 +68,9 @@ if [ -n "${SSL_CERT_FILE:-}" ]; then  # uv trusts its own certificates unless to
     settings+=(--secret id=uv,src="$folder/uv.toml" --volume "$SSL_CERT_FILE:/etc/ssl/certs/ca-certificates.crt:ro")
 fi
 
-cd "$project"
-time=$(git log -1 --format=%ct)
-"${buildah[@]}" bud "${settings[@]}" --timestamp "$time" --build-arg SOURCE_DATE_EPOCH="$time" \
-    --build-arg BASE_IMAGE="$BASE_IMAGE" --build-arg TORCH_INDEX_URL="$TORCH_INDEX_URL" \
-    --build-arg COMMIT="$(git describe --always --dirty --abbrev=40 --exclude='*')" \
-    --tag localhost/freesolo:test .
+make --no-print-directory -C "$project" image IMAGE=localhost/freesolo:test CONTAINER_TOOL="${buildah[*]}" \
+    BASE_IMAGE="$BASE_IMAGE" TORCH_INDEX_URL="$TORCH_INDEX_URL" \
+    IMAGE_FLAGS="${settings[*]} --timestamp $(git -C "$project" log -1 --format=%ct)"
 
 container=$("${buildah[@]}" from --pull-never localhost/freesolo:test)
 ln -sfn "$("${buildah[@]}" mount "$container")" "$folder/root"
