@@ -1,5 +1,5 @@
-# One file, two images: with PyTorch for CPUs, and with PyTorch for NVIDIA GPUs. Both stand on the same small base, since
-# PyPI's torch brings CUDA's libraries along and the node's container runtime brings the driver.
+# One file, two images: with PyTorch for CPUs, and with PyTorch for NVIDIA GPUs. Both stand on the same small base: from
+# PyPI, torch brings CUDA's libraries along, and the node's container runtime brings the driver.
 #
 #   make image                 CPU
 #   make image TORCH=cuda      CUDA
@@ -22,10 +22,10 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /opt/uv/bin/pip install --no-cache-dir --disable-pip-version-check "uv==${UV_VERSION}" && \
     python3.11 -m venv --without-pip /opt/freesolo
 
-# Bytecode is compiled here, because nothing can write it later: the root file system is read-only where this runs, and a
-# Ray cluster starts hundreds of processes that would each compile torch, Ray and MLflow anew. It isn't checked against
-# its source when it is loaded (UNCHECKED_HASH): times of files are free to be set to the same for all, as reproducible
-# images have them. The fixed hash seed keeps the order of sets in it.
+# Bytecode is compiled here, because nothing can write it later: the root file system is read-only where this runs, and
+# each of a cluster's many processes would compile torch, Ray and MLflow anew, 4 seconds of a core. That costs 100 MB of
+# the compressed image. It isn't checked against its source when it is loaded (UNCHECKED_HASH): times of files are free
+# to be the same for all, as reproducible images have them. The fixed hash seed keeps the order of sets in it.
 ENV PATH=/opt/freesolo/bin:/opt/uv/bin:$PATH \
     VIRTUAL_ENV=/opt/freesolo \
     UV_NO_CACHE=1 \
@@ -54,9 +54,9 @@ RUN --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
     if grep --invert-match --line-regexp --fixed-strings --file=requirements.lock --file=requirements-cuda.lock \
         installed.txt; then echo "^ in no lock: run make lock"; exit 1; fi
 
-# What only compilers, test suites and Java read: about 300 MB.
+# What only compilers, test suites and Java read, about 300 MB; and uv's lock, which anyone may write.
 RUN packages="$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
-    rm -rf "${packages}/torch/include" "${packages}/torch/test" "${packages}/ray/jars" && \
+    rm -rf "${packages}/torch/include" "${packages}/torch/test" "${packages}/ray/jars" /opt/freesolo/.lock && \
     find "${packages}/torch/bin" -mindepth 1 ! -name torch_shm_manager -delete && \
     find "${packages}" -type d \( -name tests -o -path '*/pyarrow/include' -o -path '*/nvidia/*/include' \) -prune \
         -exec rm -rf {} +
@@ -85,9 +85,9 @@ COPY --from=dependencies /opt/freesolo /opt/freesolo
 RUN SOURCE_DATE_EPOCH=86400 useradd --no-log-init --uid 10001 --user-group --create-home --shell /bin/bash freesolo && \
     echo "PATH=/opt/freesolo/bin:\$PATH" > /etc/profile.d/freesolo.sh
 
-# Writable where this runs: /tmp and HOME, no more. PYTHONDONTWRITEBYTECODE is not set: code that a job is submitted with
-# is unpacked below /tmp, and compiled once. Not NVIDIA_VISIBLE_DEVICES either: `all` would show every GPU of the node to
-# pods that asked for none; the device plugin sets it for those that did.
+# Writable where this runs: /tmp and HOME, no more. PYTHONDONTWRITEBYTECODE is not set: code that a job is submitted
+# with is unpacked below /tmp, and compiled once. Not NVIDIA_VISIBLE_DEVICES either: `all` would show every GPU of the
+# node to pods that asked for none; the device plugin sets it for those that did.
 ENV PATH=/opt/freesolo/bin:$PATH \
     HOME=/home/freesolo \
     PYTHONUNBUFFERED=1 \
@@ -111,6 +111,6 @@ LABEL org.opencontainers.image.title="freesolo" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="${BASE_IMAGE}"
 
-# By number: Kubernetes can then tell that it isn't root. No health check and no entry point: probes and commands are the
-# pod's.
+# By number: Kubernetes can then tell that it isn't root. No health check and no entry point: probes and commands are
+# the pod's. No wget: KubeRay probes Ray 2.53 and later by HTTP, where the manifest states rayVersion.
 USER 10001:10001

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # `make image` without a Docker engine: tests/image/build.sh FOLDER, and then: tests/image/build.sh FOLDER clean
 #
-# Everything lies below FOLDER: the base (Debian 12, by debootstrap), buildah's storage, what the image holds (root), and
-# its configuration (image.json). Needs root, Debian's buildah and debootstrap, 5 GB (CUDA: 15) and some minutes.
+# Everything lies below FOLDER: the base (Debian 12, by debootstrap), buildah's storage, what the image holds (root),
+# and its configuration (image.json). Needs root, Debian's buildah and debootstrap, 5 GB (CUDA: 15) and some minutes.
 #
 # BASE_IMAGE=...         another base
 # TORCH_INDEX_URL=...    torch from elsewhere; empty: the CUDA image, from PyPI
@@ -28,7 +28,8 @@ fi
 make_base() {
     if [ ! -e "$folder/base" ]; then
         debootstrap --variant=minbase --include=python3-venv,python3-distutils,ca-certificates,netbase,tzdata \
-            bookworm "$folder/base.new" >"$folder/debootstrap.log" 2>&1 || { tail "$folder/debootstrap.log" >&2; exit 1; }
+            bookworm "$folder/base.new" >"$folder/debootstrap.log" 2>&1 ||
+            { tail "$folder/debootstrap.log" >&2; exit 1; }
         rm -rf "$folder/base.new/var/cache/apt/archives/"*.deb "$folder/base.new/var/lib/apt/lists/"*
         mv "$folder/base.new" "$folder/base"
     fi

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Run a command in a built image as a restricted pod does: tests/image/run.sh ROOT FOLDER COMMAND...
 #
-# ROOT is where the image is mounted. The command runs as its user (10001), with its environment, in /app; without
-# capabilities or a way to gain any; with a network of its own that has only loopback; and with nothing writable but /tmp,
-# HOME, /dev/shm and /mnt/work, where FOLDER is. Plain namespaces, because container runtimes want cgroups to themselves, which
-# a machine that is itself a container doesn't give. Needs root, util-linux and iproute2.
+# ROOT is where the image is mounted. The command (which begins with its environment, as NAME=value) runs as the image's
+# user, in /app; without capabilities or a way to gain any; with a network of its own that has only loopback; and with
+# nothing writable but /tmp, HOME, /dev/shm and /mnt/work, where FOLDER is. Plain namespaces, because container runtimes
+# want cgroups to themselves, which a machine that is itself a container doesn't give. Needs root, util-linux, iproute2.
 set -euo pipefail
 
 if [ -z "${INSIDE:-}" ]; then

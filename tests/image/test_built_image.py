@@ -37,7 +37,7 @@ class Image:
         self.work.mkdir()
         os.chown(self.work, USER, USER)
 
-    def run(self, *command: str, timeout: float = 120.0) -> str:
+    def run(self, *command: str, timeout: float = 300.0) -> str:
         """What a command in it printed."""
         environment = [*self.config["Env"], "RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN={secrets.token_hex(32)}"]
         done = subprocess.run(
