@@ -74,7 +74,8 @@ ARG SOURCE_DATE_EPOCH
 RUN --mount=type=secret,id=uv,target=/etc/uv/uv.toml \
     : "${COMMIT:?an image says which commit it is of: --build-arg COMMIT=\$(git rev-parse HEAD)}" && \
     printf '[egg_info]\ntag_build = +g%s\n' "${COMMIT}" > setup.cfg && \
-    uv pip install --no-deps --build-constraint requirements.lock --prefix /package .
+    uv pip install --no-deps --build-constraint requirements.lock --prefix /package . && \
+    rm /package/.lock
 
 # ----------------------------------------------------------------------------------------------------------------------
 FROM ${BASE_IMAGE}
