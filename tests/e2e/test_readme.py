@@ -30,6 +30,7 @@ pytestmark = [
 RUN_ELSEWHERE = {
     "make demo": "tests/e2e/test_pipeline.py",
     "make test": ".ci/run",
+    "make image": "tests/image/test_built_image.py",
     "freesolo pack": "Makefile",
     "python jobs/run_pipeline.py": "tests/e2e/test_pipeline.py",
     "freesolo predict": "tests/e2e/test_pipeline.py",
