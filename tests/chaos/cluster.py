@@ -19,7 +19,7 @@ from tests.chaos.hosts import Network, network
 from tests.servers import RAY, Host, MlflowServer, PostgresServer, RayHead, RayNode, S3Server
 
 ROOT = Path(__file__).parents[2]
-WORKER = {"freesolo.io/role": "worker"}
+WORKER = {"freesolo.dev/pool": "train"}
 """The Ray label of the nodes that may be lost; the head is not one."""
 
 

@@ -31,7 +31,7 @@ pytestmark = [
 STEPS = 40
 EVERY = 5  # steps between checkpoints
 SMALL = (
-    'resources={"workers": 2, "label_selector": {"freesolo.io/role": "worker"}}',
+    'resources={"workers": 2, "label_selector": {"freesolo.dev/pool": "train"}}',
     *(f"pretrain.loop.steps={STEPS}", f"pretrain.loop.checkpoint_every={EVERY}", "pretrain.loop.record_samples=true"),
     *(f"train.loop.steps={STEPS}", f"train.loop.checkpoint_every={EVERY}", "train.loop.record_samples=true"),
 )
