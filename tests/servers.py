@@ -89,6 +89,11 @@ class Server(ABC):
         """Whether it was started, and not killed since."""
         return self._process is not None
 
+    @property
+    def alive(self) -> bool:
+        """Whether it was started, and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start it, and wait until it answers."""
         assert not self.running

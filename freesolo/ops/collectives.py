@@ -5,6 +5,8 @@ None of these carries a gradient: losses that normalise by global counts sum cou
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
@@ -44,6 +46,19 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         distributed.all_reduce(total)
     return total
+
+
+def from_all_workers(items: list[Any]) -> list[Any]:
+    """All workers' items in one list, worker 0's first; every worker gets it. Called on all of them together.
+
+    Args:
+        items: This worker's; picklable.
+    """
+    if world_size() == 1:
+        return items
+    gathered: list[list[Any]] = [[] for _ in range(world_size())]
+    distributed.all_gather_object(gathered, items)
+    return [item for part in gathered for item in part]
 
 
 def _has_group() -> bool:

@@ -14,12 +14,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from freesolo.data.order import StreamState, advance
 from freesolo.errors import JobError, StoppedError
-from freesolo.ops.collectives import rank, sum_over_workers, world_size
+from freesolo.ops.collectives import from_all_workers, rank, sum_over_workers, world_size
 from freesolo.settings import LoopSettings, OptimizerSettings
 from freesolo.train.learner import Learner
 from freesolo.train.schedule import learning_rate
@@ -189,13 +189,13 @@ class _Tally:
         *means, bad, called = (sum_over_workers(shared) / world_size()).tolist()
         if not np.isfinite(means).all():
             finite_here = bool(shared.isfinite().all())
-            culprits = _from_all_workers([] if finite_here else self._image_ids)
+            culprits = from_all_workers([] if finite_here else self._image_ids)
             values = ", ".join(f"{name}={mean:g}" for name, mean in zip(names, means, strict=True))
             raise JobError(f"step {step}: a loss is not finite ({values}); image ids of the batch: {culprits}")
         self.bad_samples += round(bad * world_size())
         allowed = self._max_bad_samples * max(self._samples, step * self._settings.batch_size)
         if self.bad_samples > allowed:
-            named = _from_all_workers(self._bad_here)
+            named = from_all_workers(self._bad_here)
             raise JobError(
                 f"step {step}: {self.bad_samples} unusable samples, more than the {allowed:g} that "
                 f"stream.max_bad_samples={self._max_bad_samples:g} allows; first: {'; '.join(map(str, named[:5]))}"
@@ -237,11 +237,3 @@ def _no_sync_before_last(
     if isinstance(module, DistributedDataParallel) and micro_step < micro_steps - 1:
         return module.no_sync()
     return contextlib.nullcontext()
-
-
-def _from_all_workers(items: list[Any]) -> list[Any]:
-    if world_size() == 1:
-        return items
-    gathered: list[list[Any]] = [[] for _ in range(world_size())]
-    distributed.all_gather_object(gathered, items)
-    return [item for part in gathered for item in part]

@@ -40,7 +40,7 @@ from freesolo.config import Job
 from freesolo.data.files import join, write_atomic
 from freesolo.data.ingest import TrainingStream, configure_ray_data
 from freesolo.errors import JobError, UsageError
-from freesolo.ops.collectives import rank
+from freesolo.ops.collectives import from_all_workers, rank
 from freesolo.provenance import code_version, git_commit
 from freesolo.settings import LoopSettings, OptimizerSettings, ResourceSettings
 from freesolo.stages import StageFolder
@@ -338,11 +338,12 @@ class _RunRecorder:
     def checkpoint(self, progress: Progress) -> None:
         """Save the model too at the last step: what comes after training needs no checkpoint."""
         name = f"step-{progress.step:08d}"
-        if self._samples:
-            # Named by the step, so that a replay after a loss writes the same names again.
-            url = join(self._plan.folder.url, "samples", f"{name}-worker-{rank()}.json")
-            write_atomic(url, json.dumps(self._samples).encode())
+        if self._plan.loop.record_samples:
+            used = from_all_workers(self._samples)
             self._samples = []
+            if self._leads:
+                # Named by the step, so that what is done again after a loss replaces what was done before it.
+                write_atomic(join(self._plan.folder.url, "samples", f"{name}.json"), json.dumps(used).encode())
         while name in self._taken:
             name += "-again"
         if not self._leads:

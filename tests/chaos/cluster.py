@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from s3fs import S3FileSystem
 
@@ -70,25 +73,31 @@ class Cluster:
         self.network.kill(name)
         self.workers.pop(name).kill()
 
-    def host_of(self, process_name: str) -> str | None:
-        """A worker host on which a process of this name runs; None if there is none."""
-        for name in self.workers:
+    def find(self, pattern: str) -> list[tuple[str, int]]:
+        """The hosts and numbers of all processes whose command line matches, workers' first."""
+        found = []
+        for name in [*self.workers, "head"]:
             for number in self.network.processes(name):
-                try:
-                    if process_name in Path(f"/proc/{number}/cmdline").read_text(errors="replace"):
-                        return name
-                except OSError:
-                    continue  # it has just ended
-        return None
+                with suppress(OSError):  # it has just ended
+                    line = Path(f"/proc/{number}/cmdline").read_text(errors="replace").replace("\0", " ")
+                    if re.search(pattern, line):
+                        found.append((name, number))
+        return found
 
-    def submit(self, *job: str) -> subprocess.Popen[str]:
+    def catch(self, pattern: str) -> tuple[str, int]:
+        """As `find`, but wait for one; where and which it is."""
+        found: list[tuple[str, int]] = []
+        wait_for(lambda: found.extend(self.find(pattern)) or found, what=f"a process {pattern}", pause=0.01)
+        return found[0]
+
+    def submit(self, *job: str) -> Submission:
         """`ray job submit`, which follows the job's logs to its end."""
         command = [RAY, "job", "submit", "--address", self.head.url, "--working-dir", ".", "--", sys.executable, *job]
-        log = tempfile.TemporaryFile("w+")  # noqa: SIM115  read by `finish`
-        environment = {**os.environ, **self.environment}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
-        process.log = log  # type: ignore[attr-defined]
-        return process
+        log = self.folder / f"job-{len(list(self.folder.glob('job-*')))}.log"
+        with log.open("w") as stream:
+            environment = {**os.environ, **self.environment}
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, text=True)
+        return Submission(process, log)
 
     def bucket(self, name: str) -> str:
         """A new bucket's URL."""
@@ -98,26 +107,39 @@ class Cluster:
         return f"s3://{name}"
 
 
-def finish(job: subprocess.Popen[str], *, seconds: float = 900.0) -> dict[str, object]:
-    """Wait for a submitted job; its result, which is the last line of JSON in its logs."""
-    try:
-        code = job.wait(seconds)
-    finally:
-        job.kill()
-        job.log.seek(0)  # type: ignore[attr-defined]
-        logs = job.log.read()  # type: ignore[attr-defined]
-        job.log.close()  # type: ignore[attr-defined]
-    assert code == 0, logs[-8000:]
-    result: dict[str, object] = json.loads([line for line in logs.splitlines() if line.startswith('{"stage"')][-1])
-    return result
+@dataclass(frozen=True)
+class Submission:
+    """A submitted job, followed by a process that ends with it."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    def fails(self, *, seconds: float = 300.0) -> str:
+        """Wait for its end, which must be a failure; its logs."""
+        assert self.process.wait(seconds) != 0
+        return self.log.read_text()
+
+    def finishes(self, *, seconds: float = 900.0) -> dict[str, Any]:
+        """Wait for its end; its result, which is the last line of JSON in its logs."""
+        code = self.process.wait(seconds)
+        logs = self.log.read_text()
+        assert code == 0, logs[-8000:]
+        result: dict[str, Any] = json.loads([line for line in logs.splitlines() if line.startswith('{"stage"')][-1])
+        return result
+
+    def steps_done_again(self) -> int:
+        """Steps that were shown as done, and then done again, as the job's progress tells: the first of a group of
+        workers shows where it began."""
+        shown = [int(number) for number in re.findall(r"^\S+: (\d+)/\d+ steps", self.log.read_text(), re.MULTILINE)]
+        return sum(max(0, before - after) for before, after in pairwise(shown))
 
 
-def wait_for(happened: Callable[[], object], *, seconds: float = 300.0, what: str) -> None:
+def wait_for(happened: Callable[[], object], *, seconds: float = 300.0, what: str, pause: float = 0.2) -> None:
     """Wait until something is true."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 @contextmanager
@@ -128,7 +150,7 @@ def cluster() -> Iterator[Cluster]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fs", ignore_cleanup_errors=True)))
         folder.chmod(0o755)
         store_host, head_host = net.add("store"), net.add("head")
-        for name in ("s3", "db", "ml", "h"):
+        for name in ("s3", "db", "ml", "h"):  # sockets need short names
             (folder / name).mkdir()
         store = S3Server(folder / "s3", store_host)
         database = PostgresServer(folder / "db", store_host)

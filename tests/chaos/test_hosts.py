@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import re
+import signal
+import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from mlflow import MlflowClient
+from s3fs import S3FileSystem
 
 from freesolo.data.files import exists, join, list_files, read_bytes
 from freesolo.data.labels import read_label_manifest
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
-from tests.chaos.cluster import Cluster, cluster, finish, wait_for
+from freesolo.models.weights import read_state_dict
+from tests.chaos.cluster import ROOT, WORKER, Cluster, Submission, cluster, wait_for
 from tests.chaos.hosts import can_make_hosts
-from tests.chaos.record import Row, record
+from tests.chaos.record import FOLDER, Row, record
 from tests.chaos.timeline import Timeline
 from tests.servers import PostgresServer
 
@@ -35,7 +45,7 @@ SMALL = (
     *(f"pretrain.loop.steps={STEPS}", f"pretrain.loop.checkpoint_every={EVERY}", "pretrain.loop.record_samples=true"),
     *(f"train.loop.steps={STEPS}", f"train.loop.checkpoint_every={EVERY}", "train.loop.record_samples=true"),
 )
-LABEL_SETS = ("free-masks", "pseudo-labels-r1", "held-out-free-masks", "held-out-solo-r0", "held-out-solo-r1")
+PICTURE = FOLDER / "pipeline.png"
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +60,11 @@ def three_hosts() -> Iterator[Cluster]:
 @pytest.fixture
 def reach(three_hosts: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """The same, with the environment of a person who may use its store and its MLflow."""
-    for name, value in three_hosts.environment.items():
-        monkeypatch.setenv(name, value)
+    use(three_hosts, monkeypatch)
     return three_hosts
 
 
-def submit_pipeline(hosts: Cluster, bucket: str) -> subprocess.Popen[str]:
+def submit_pipeline(hosts: Cluster, bucket: str) -> Submission:
     """The smoke pipeline, on two train workers."""
     return hosts.submit(
         *("jobs/run_pipeline.py", "--config", "configs/pipeline/smoke.yaml", "--run-name", "r"),
@@ -65,35 +74,76 @@ def submit_pipeline(hosts: Cluster, bucket: str) -> subprocess.Popen[str]:
 
 
 def make_data(bucket: str) -> None:
-    """Scenes to train on in 8 shards, and annotated ones."""
-    for name, scenes, seed in (("train", 32, 0), ("held-out", 8, 1)):
+    """Scenes to train on in 16 shards, and annotated ones."""
+    for name, scenes, seed in (("train", 64, 0), ("held-out", 8, 1)):
         annotations = compose_scenes(f"{bucket}/photos/{name}", scenes, size=96, seed=seed)
         pack(annotations, f"{bucket}/data/{name}", samples_per_shard=4)
 
 
-def label_files(run: str) -> dict[str, dict[str, str]]:
-    """The checksums of each label set's files, and its number of images."""
-    found: dict[str, dict[str, str]] = {}
-    for stage in LABEL_SETS:
-        manifest = read_label_manifest(f"{run}/{stage}/labels")
-        found[stage] = {file.name: file.sha256 for file in manifest.files} | {"images": str(manifest.images)}
-    return found
+@dataclass(frozen=True)
+class Calm:
+    """A pipeline that nothing disturbed.
+
+    Attributes:
+        bucket: Of its data.
+        run: Its folder.
+        result: What the job said last.
+    """
+
+    bucket: str
+    run: str
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def calm(three_hosts: Cluster) -> Calm:
+    with pytest.MonkeyPatch.context() as environment:
+        use(three_hosts, environment)
+        bucket = three_hosts.bucket("calm")
+        make_data(bucket)
+        return Calm(bucket, f"{bucket}/runs/r", submit_pipeline(three_hosts, bucket).finishes())
+
+
+def use(hosts: Cluster, environment: pytest.MonkeyPatch) -> None:
+    """Be a person who may use the hosts' store and MLflow."""
+    for name, value in hosts.environment.items():
+        environment.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+
+
+def label_files(labels: str) -> dict[str, str]:
+    """The checksums of a label set's files."""
+    return {file.name: file.sha256 for file in read_label_manifest(labels).files}
 
 
 def samples_of_steps(stage: str) -> dict[int, list[int]]:
-    """The image ids that each step of a training used; a step that was done again counts once, as it was used last."""
-    used: dict[int, dict[str, list[int]]] = {}
+    """The image ids that each step of a training used, as it was done last, all workers together."""
+    used: dict[int, list[int]] = {}
     for name in list_files(join(stage, "samples")):
-        worker = name.rpartition("-worker-")[2]
         for step, image_ids in json.loads(read_bytes(join(stage, "samples", name))):
-            used.setdefault(step, {})[worker] = image_ids
-    return {step: sorted(image for part in parts.values() for image in part) for step, parts in used.items()}
+            used.setdefault(step, []).extend(image_ids)
+    return used
+
+
+def same_training(stage: str, undisturbed: str) -> bool:
+    """Whether a training used the same samples in each step, and ends with the same weights, bit for bit."""
+    used, expected = samples_of_steps(stage), samples_of_steps(undisturbed)
+    assert sorted(expected) == list(range(STEPS))
+    with tempfile.TemporaryDirectory() as folder:
+        states = []
+        for number, url in enumerate((stage, undisturbed)):
+            path = Path(folder) / f"{number}.pt"
+            path.write_bytes(read_bytes(join(url, "model.pt")))
+            states.append(read_state_dict(path))
+    ours, theirs = states
+    return used == expected and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def committed(stage: str) -> int:
-    """Checkpoints that a training may go on from."""
+    """The last step that a training can go on from."""
     snapshot = join(stage, "checkpoints", "checkpoint_manager_snapshot.json")
-    return read_bytes(snapshot).count(b"checkpoint_dir_name") if exists(snapshot) else 0
+    steps = re.findall(rb"step-(\d+)", read_bytes(snapshot)) if exists(snapshot) else []
+    return max(map(int, steps), default=0)
 
 
 def labelled(stage: str) -> int:
@@ -101,84 +151,220 @@ def labelled(stage: str) -> int:
     return sum(name.endswith(".parquet") for name in list_files(join(stage, "labels")))
 
 
-def test_a_pipeline_loses_a_host_in_each_stage_and_ends_as_if_it_had_not(reach: Cluster) -> None:
-    hosts = reach
-    calm, storm = hosts.bucket("calm"), hosts.bucket("storm")
-    make_data(calm)
-    make_data(storm)
-    undisturbed = finish(submit_pipeline(hosts, calm))
+def done(stage: str) -> bool:
+    """Whether a stage is over."""
+    return exists(join(stage, "result.json"))
 
+
+def further(progress: Callable[[str], int], stage: str, before: int) -> bool:
+    """Whether a stage has got further than it was."""
+    return progress(stage) > before or done(stage)
+
+
+TRAIN_WORKER, ACTOR = r"ray::RayTrainWorker", r"ray::MapWorker\(MapBatches\(_LabellingActor"
+DATA_WORKER = r"ray::(ReadShards|MapBatches)"
+
+
+def test_a_pipeline_loses_a_host_in_each_stage_and_ends_as_if_it_had_not(reach: Cluster, calm: Calm) -> None:
+    hosts = reach
+    storm = hosts.bucket("storm")
+    make_data(storm)
     run, timeline = f"{storm}/runs/r", Timeline("One pipeline, three hosts, a host lost in each stage")
     job = submit_pipeline(hosts, storm)
-    for stage, process, under_way in (
-        ("pretrain", "RayTrainWorker", committed),
-        ("free-masks", "MapWorker(MapBatches(_LabellingActor", labelled),
-        ("solo-r0", "RayTrainWorker", committed),
-        ("pseudo-labels-r1", "MapWorker(MapBatches(_LabellingActor", labelled),
-        ("solo-r1", "RayTrainWorker", committed),
+    recovery: dict[str, float] = {}
+    for stage, process, progress in (
+        ("pretrain", TRAIN_WORKER, committed),
+        ("free-masks", ACTOR, labelled),
+        ("solo-r0", TRAIN_WORKER, committed),
+        ("pseudo-labels-r1", ACTOR, labelled),
+        ("solo-r1", TRAIN_WORKER, committed),
     ):
         url = join(run, stage)
-        wait_for(lambda url=url: exists(join(url, "settings.json")), what=f"{stage} to begin")
+        wait_for(partial(exists, join(url, "settings.json")), what=f"{stage} to begin")
         timeline.begin(stage)
-        wait_for(lambda act=under_way, url=url: act(url) >= 1, what=f"{stage} to get somewhere")
-        wait_for(lambda name=process: hosts.host_of(name), what=f"a host of {process}")
-        lost = hosts.host_of(process)
-        assert lost is not None
-        done_before = under_way(url)
+        wait_for(partial(progress, url), what=f"{stage} to get somewhere")
+        lost, _ = hosts.catch(process)
+        before = progress(url)
         hosts.lose(lost)
-        killed = timeline.mark(f"{lost} lost")
-        assert not exists(join(url, "result.json")), f"{stage} was over before its host was lost"
+        timeline.mark(f"{lost} lost")
+        assert not done(url), f"{stage} was over before its host was lost"
+        began = time.monotonic()
         hosts.join(lost)
         timeline.mark(f"{lost} joins")
-        wait_for(lambda act=under_way, url=url, n=done_before: act(url) > n, what=f"{stage} to go on", seconds=400)
-        recovered = timeline.mark(f"{stage} goes on")
-        wait_for(lambda url=url: exists(join(url, "result.json")), what=f"{stage} to end", seconds=400)
+        wait_for(partial(further, progress, url, before), what=f"{stage} to go on", seconds=400)
+        recovery[stage] = time.monotonic() - began
+        timeline.mark(f"{stage} goes on")
+        wait_for(partial(done, url), what=f"{stage} to end", seconds=400)
         timeline.end(stage)
-        record(
-            "hosts",
-            Row(
-                fault="host SIGKILLed, another joins",
-                job=stage,
-                outcome="same result",
-                lost=0,
-                twice="",
-                seconds=recovered - killed,
-                hits=1,
-            ),
-        )
-    disturbed = finish(job)
-    timeline.draw(Path("build/chaos/pipeline.png"))
+    result = job.finishes()
+    timeline.draw(PICTURE)
 
-    assert label_files(f"{storm}/runs/r") == label_files(f"{calm}/runs/r")
     for stage in ("pretrain", "solo-r0", "solo-r1"):
-        used = samples_of_steps(f"{storm}/runs/r/{stage}")
-        assert used == samples_of_steps(f"{calm}/runs/r/{stage}")
-        assert sorted(used) == list(range(STEPS))
-    assert disturbed["metrics"] == undisturbed["metrics"]
-    outputs: Any = disturbed["outputs"]
-    assert outputs["SOLO round 1"].startswith("models:/freesolo-smoke/")
+        assert same_training(join(run, stage), join(calm.run, stage))
+    for stage in ("free-masks", "pseudo-labels-r1", "held-out-free-masks", "held-out-solo-r0", "held-out-solo-r1"):
+        assert label_files(f"{run}/{stage}/labels") == label_files(f"{calm.run}/{stage}/labels")
+    assert result["metrics"] == calm.result["metrics"]
+    assert result["outputs"]["SOLO round 1"].startswith("models:/freesolo-smoke/")
     versions = MlflowClient(hosts.mlflow.url).search_model_versions("name='freesolo-smoke'")
-    assert {version.version for version in versions} >= {"1", "2", "3", "4"}
+    assert result["outputs"]["SOLO round 1"].rpartition("/")[2] in {version.version for version in versions}
+    for stage, seconds in recovery.items():
+        again = f"{job.steps_done_again()} steps, all trainings together" if stage == "pretrain" else ""
+        record("hosts", Row("host SIGKILLed, another joins", stage, "same result", 0, again, seconds, 1))
 
 
-def test_elastic_training_goes_on_with_fewer_hosts_and_with_more(reach: Cluster) -> None:
-    hosts = reach
-    bucket = hosts.bucket("elastic")
-    make_data(bucket)
-    stage, steps = f"{bucket}/runs/e/solo", 400
-    job = hosts.submit(
-        *("jobs/train_solo.py", "--config", "configs/train/smoke.yaml", "--run-name", "e"),
-        *("--storage", f"{bucket}/runs", f"dataset={bucket}/data/train", f"train.loop.steps={steps}"),
-        *('resources={"workers": [1, 2], "cpus_per_worker": 2, "resize_seconds": 5}', "train.loop.record_samples=true"),
-    )
-    wait_for(lambda: committed(stage) >= 2, what="checkpoints of two workers")
-    lost = hosts.host_of("RayTrainWorker")
-    assert lost is not None
-    hosts.lose(lost)
-    killed = time.monotonic()
-    before = committed(stage)
-    wait_for(lambda: committed(stage) > before, what="training to go on with one worker", seconds=400)
-    gone_on = time.monotonic() - killed
+def part_of_smoke(section: str, calm: Calm, **others: object) -> dict[str, object]:
+    """The configuration of a stage of the smoke pipeline, for its own job on the undisturbed pipeline's data."""
+    whole = yaml.safe_load((ROOT / "configs/pipeline/smoke.yaml").read_text())
+    loop = {"steps": STEPS, "checkpoint_every": EVERY, "record_samples": True}
+    settings = whole[section] | ({"loop": whole[section]["loop"] | loop} if "loop" in whole[section] else {})
+    return {
+        "dataset": f"{calm.bucket}/data/train",
+        "resources": {"workers": 2, "label_selector": WORKER},
+        "tracking": {"uri": "off"},
+        section: settings,
+        **others,
+    }
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "free-masks", "solo-r0"])
+def test_processes_are_killed_one_after_another(reach: Cluster, calm: Calm, tmp_path: Path, stage: str) -> None:
+    """A worker, a data worker, and at last the driver, whose job is then submitted again."""
+    hosts, backbone = reach, f"{calm.run}/pretrain/model.pt"
+    script, folder, worker, progress, config = {
+        "pretrain": ("pretrain_densecl", "pretrain", TRAIN_WORKER, committed, part_of_smoke("pretrain", calm)),
+        "free-masks": (
+            *("extract_free_masks", "extract", ACTOR, labelled),
+            part_of_smoke("extract", calm, weights=backbone, labels=f"{calm.bucket}/runs/killed/extract/labels"),
+        ),
+        "solo-r0": (
+            *("train_solo", "solo", TRAIN_WORKER, committed),
+            part_of_smoke("train", calm, labels=f"{calm.run}/free-masks/labels"),
+        ),
+    }[stage]
+    if stage == "solo-r0":
+        config["train"] |= {"initial_weights": backbone}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    arguments = (f"jobs/{script}.py", "--config", str(path), "--run-name", "killed", "--storage", f"{calm.bucket}/runs")
+    url = f"{calm.bucket}/runs/killed/{folder}"
+
+    jobs, rows = [hosts.submit(*arguments)], []
+    for name, pattern in (("worker", worker), ("data worker", DATA_WORKER), ("driver", rf"jobs/{script}\.py")):
+        wait_for(lambda: progress(url) > 0, what=f"{stage} to get somewhere")
+        _, number = hosts.catch(pattern)
+        before, again_before = progress(url), jobs[-1].steps_done_again()
+        victims = [number] if name != "driver" else [one for _, one in hosts.find(pattern)]
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        assert not done(url), f"{stage} was over before its {name} was killed"
+        if name == "driver":
+            jobs[-1].fails()
+            jobs.append(hosts.submit(*arguments))
+        wait_for(partial(further, progress, url, before), what=f"{stage} to go on", seconds=400)
+        rows.append(
+            (name, time.monotonic() - killed, jobs[-1].steps_done_again() - (again_before if len(jobs) == 1 else 0))
+        )
+    jobs[-1].finishes()
+
+    if stage == "free-masks":
+        assert label_files(f"{url}/labels") == label_files(f"{calm.run}/{stage}/labels")
+    else:
+        assert same_training(url, f"{calm.run}/{stage}")
+    for name, seconds, again in rows:
+        twice = f"{again} steps" if again else ""
+        record("hosts", Row(f"{name} SIGKILLed", script, "same result", 0, twice, seconds, 1))
+
+
+ELASTIC_STEPS = 160  # of 4 samples: ten epochs of the 64 scenes
+
+
+def lose_power(hosts: Cluster, host: str) -> None:
+    hosts.lose(host)
+
+
+def lose_link(hosts: Cluster, host: str) -> None:
+    """For 20 seconds. By then the others have given the node up, and it ends when it hears of that."""
+    hosts.network.cut(host)
+    time.sleep(20)
+    hosts.network.heal(host)
+    wait_for(lambda: not hosts.workers[host].alive, what=f"the node on {host} to end")
+    hosts.lose(host)
+
+
+FAULTS = {"host SIGKILLed": lose_power, "link cut for 20 s": lose_link}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_elastic_training_goes_on_with_fewer_hosts_and_then_with_more(
+    reach: Cluster, calm: Calm, tmp_path: Path, fault: str
+) -> None:
+    hosts, run = reach, f"elastic-{list(FAULTS).index(fault)}"
+    config = part_of_smoke("train", calm, labels=f"{calm.run}/free-masks/labels")
+    config["train"]["loop"]["steps"] = ELASTIC_STEPS
+    # Two CPUs a worker and three a node: a worker a host.
+    config["resources"] |= {"workers": [1, 2], "cpus_per_worker": 2, "resize_seconds": 5.0}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    stage = f"{calm.bucket}/runs/{run}/solo"
+    arguments = ("jobs/train_solo.py", "--config", str(path), "--run-name", run, "--storage", f"{calm.bucket}/runs")
+    job = hosts.submit(*arguments)
+
+    wait_for(lambda: committed(stage) >= 2 * EVERY, what="two workers to get somewhere")
+    lost, _ = hosts.catch(TRAIN_WORKER)
+    struck, before = time.monotonic(), committed(stage)
+    FAULTS[fault](hosts, lost)
+    wait_for(partial(further, committed, stage, before), what="training to go on with one worker", seconds=400)
+    recovered = time.monotonic() - struck
     hosts.join(lost)
-    finish(job)
-    record("hosts", Row("host SIGKILLed, elastic", "solo", "each sample once", 0, "", gone_on, 1))
+    again = job.steps_done_again()
+    job.finishes()
+
+    used = samples_of_steps(stage)
+    assert sorted(used) == list(range(ELASTIC_STEPS))
+    assert all(len(images) == 4 for images in used.values())
+    for epoch in range(ELASTIC_STEPS // 16):
+        seen = Counter(image for step in range(epoch * 16, epoch * 16 + 16) for image in used[step])
+        assert len(seen) == 64
+        assert set(seen.values()) == {1}
+    sizes = re.findall(r"Started training worker group of size (\d)", job.log.read_text())
+    assert sizes[0] == "2"
+    assert "1" in sizes, sizes
+    assert sizes[-1] == "2", sizes
+    twice = f"{again} steps" if again else ""
+    record(
+        "hosts",
+        Row(
+            f"{fault}, elastic: {' → '.join(sizes)} workers",
+            "train_solo",
+            "each sample once an epoch",
+            0,
+            twice,
+            recovered,
+            1,
+        ),
+    )
+
+
+def test_a_link_that_is_cut_for_20_seconds_costs_an_extraction_nothing(
+    reach: Cluster, calm: Calm, tmp_path: Path
+) -> None:
+    hosts, labels = reach, f"{calm.bucket}/runs/cut/extract/labels"
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(part_of_smoke("extract", calm, weights=f"{calm.run}/pretrain/model.pt", labels=labels))
+    )
+    stage = f"{calm.bucket}/runs/cut/extract"
+    arguments = ("jobs/extract_free_masks.py", "--config", str(path), "--run-name", "cut")
+    job = hosts.submit(*arguments, "--storage", f"{calm.bucket}/runs")
+
+    wait_for(lambda: labelled(stage) > 0, what="the extraction to get somewhere")
+    lost, _ = hosts.catch(ACTOR)
+    struck, before = time.monotonic(), labelled(stage)
+    lose_link(hosts, lost)
+    hosts.join(lost)
+    wait_for(partial(further, labelled, stage, before), what="the extraction to go on", seconds=400)
+    recovered = time.monotonic() - struck
+    job.finishes()
+    assert label_files(labels) == label_files(f"{calm.run}/free-masks/labels")
+    record("hosts", Row("link cut for 20 s", "extract_free_masks", "same result", 0, "", recovered, 1))

@@ -262,7 +262,7 @@ def one_each(kind: Kind, pattern: str, **which: object) -> Callable[[FaultyProxy
 SHARD = r"data/shard-.*\.tar"
 PASSING = [
     Passing("503 for 30 s", "pack", outage(r"shard-000001\.tar"), RECOVERED_BY),
-    Passing("503 for 30 s", "pretrain", outage(r"samples/step-00000002-worker-0"), RECOVERED_BY),
+    Passing("503 for 30 s", "pretrain", outage(r"samples/step-00000002"), RECOVERED_BY),
     Passing("503 for 30 s", "extract", outage(r"masks-.*shard-000000\.parquet"), RECOVERED_BY),
     Passing("connections reset", "predict", one_each(Kind.RESET_IN_BODY, SHARD, method="GET", count=6), RECOVERED_BY),
     Passing("answers lost", "pack", one_each(Kind.LOST_ANSWER, r"\.tar", method="PUT", count=6), RECOVERED_BY),

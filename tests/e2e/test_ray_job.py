@@ -59,7 +59,8 @@ class Submitted:
 
     def status(self, submission: str) -> str:
         """What `ray job status` says."""
-        return self._job("status", submission).stdout
+        said = self._job("status", submission)
+        return said.stdout + said.stderr
 
     def _job(self, verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [RAY, "job", verb, "--address", self._address, *arguments]
@@ -114,7 +115,7 @@ def test_a_submitted_job_trains_stops_when_told_and_goes_on(head: RayHead, tmp_p
     assert re.search(r"solo: .*steps", logs), logs  # progress that a log can hold
     saved = max(stage.glob("checkpoints/step-*"))
     assert int(saved.name.removeprefix("step-")) == int(stopped.group(1)) < STEPS
-    assert "STOPPED" in jobs.status("first")
+    assert "was stopped" in jobs.status("first")
 
     done = jobs.submit(*job)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
