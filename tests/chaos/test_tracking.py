@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,18 +49,17 @@ class Tracking:
 
 
 @pytest.fixture
-def tracking(s3_server: S3Server, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
-    folder = tmp_path_factory.mktemp("tracking")
-    for part in (folder, *folder.parents):
-        if part.owner() == "root" and part.name.startswith("pytest"):
-            part.chmod(0o755)  # PostgreSQL's user must get to its folder
-    (folder / "database").mkdir()
-    (folder / "server").mkdir()
-    database = PostgresServer(folder / "database")
-    server = MlflowServer(
-        folder / "server", backend=database.url, artifacts=f"{bucket}/artifacts", environment=s3_server.environment
-    )
+def tracking(s3_server: S3Server, bucket: str) -> Iterator[Tracking]:
     with ExitStack() as stack:
+        # Not pytest's, which nobody else may enter: PostgreSQL's user must.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tracking")))
+        folder.chmod(0o755)
+        (folder / "database").mkdir()
+        (folder / "server").mkdir()
+        database = PostgresServer(folder / "database")
+        server = MlflowServer(
+            folder / "server", backend=database.url, artifacts=f"{bucket}/artifacts", environment=s3_server.environment
+        )
         stack.callback(database.kill)
         stack.callback(server.kill)
         database.start()
