@@ -99,11 +99,13 @@ class FaultyProxy:
         upstream: URL of the server behind it.
         faults: In force; the first that strikes a request is what happens to it. Appended to and cleared at any time.
         requests: How many there were of each method, path without query, and fault ("" for none).
+        stored: How often a file of each path was stored, in one piece or in parts.
     """
 
     upstream: str
     faults: list[Fault] = field(default_factory=list)
     requests: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    stored: Counter[str] = field(default_factory=Counter)
     port: int = field(default_factory=lambda: free_ports(1)[0])
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     _thread: threading.Thread | None = None
@@ -120,9 +122,10 @@ class FaultyProxy:
         return fault
 
     def clear(self) -> None:
-        """No more faults, and the count of requests begins anew."""
+        """No more faults, and the counts begin anew."""
         self.faults.clear()
         self.requests.clear()
+        self.stored.clear()
 
     def count(self, method: str, path: str, kind: str = "") -> int:
         """Requests of a method whose path a regular expression is found in, with that fault."""
@@ -188,6 +191,10 @@ class FaultyProxy:
         )
         try:
             async with sent as answer:
+                file, _, query = path.partition("?")
+                ends_upload = request.method == "PUT" and "partNumber" not in query and not file.endswith("/")
+                if answer.status < 300 and (ends_upload or (request.method == "POST" and "uploadId" in query)):
+                    self.stored[file] += 1
                 if fault is not None and fault.kind is Kind.LOST_ANSWER:
                     await answer.read()
                     return _reset(request)

@@ -209,7 +209,11 @@ class Readers(Datasource):
 
 def cause_of(error: RayTaskError) -> BaseException:
     """What was raised in a task: an error made for people as it is, any other in Ray's wrapping, with its traceback."""
-    return error.cause if isinstance(error.cause, UsageError | JobError) else error
+    cause = error.cause
+    if not isinstance(cause, UsageError | JobError):
+        return error
+    cause.args = (str(cause).partition("\n")[0],)  # Ray Data appends advice about itself
+    return cause
 
 
 def _read_piece(stream: TrainingStream[Batch], piece: Piece) -> Iterator[pa.Table]:

@@ -160,9 +160,17 @@ def _context(resources: ResourceSettings) -> DataContext:
 
 @contextmanager
 def _quiet_loggers() -> Iterator[None]:
-    """Leave the terminal to our own progress: Ray Data's warnings still come, but not that its bars are off."""
-    quiet = {"progress": logging.ERROR, "execution": logging.WARNING}
-    levels = {logging.getLogger(f"ray.data._internal.{name}"): level for name, level in quiet.items()}
+    """Leave the terminal to our own progress and errors: Ray Data's warnings still come.
+
+    Not that its bars are off, and not the tracebacks of an error: it is raised here, with all that is known of it.
+    """
+    quiet = {
+        "_internal.progress": logging.ERROR,
+        "_internal.execution": logging.WARNING,
+        "_internal.execution.streaming_executor_state": logging.CRITICAL,
+        "exceptions": logging.CRITICAL,
+    }
+    levels = {logging.getLogger(f"ray.data.{name}"): level for name, level in quiet.items()}
     before = {logger: logger.level for logger in levels}
     try:
         for logger, level in levels.items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from freesolo.data.order import StreamState, advance
-from freesolo.errors import JobError, StoppedError
+from freesolo.errors import JobError, StoppedError, UsageError
 from freesolo.ops.collectives import from_all_workers, rank, sum_over_workers, world_size
 from freesolo.settings import LoopSettings, OptimizerSettings
 from freesolo.train.learner import Learner
@@ -101,7 +101,9 @@ def train(
 
     Raises:
         StoppedError: The recorder decided to stop; what was done is saved.
-        JobError: A loss is not finite, or too many samples are unusable. Raised on every worker alike.
+        JobError: A loss is not finite, too many samples are unusable, or a worker's stream ended with an error. Raised
+            on every worker alike.
+        UsageError: A worker's stream ended with one. Raised on every worker alike.
     """
     progress = progress or Progress()
     worker, workers = rank(), world_size()
@@ -114,7 +116,7 @@ def train(
         rate = learning_rate(step, optimizer_settings, settings.steps)
         learner.set_learning_rate(rate)
         for micro_step in range(settings.accumulation_steps):
-            batch = tally.next_batch(batches)
+            batch = tally.next_batch(batches, learner.device)
             recorder.samples(step, batch.content.image_ids)
             generator = _generator(settings.seed, step, micro_step, worker, device=learner.device)
             inputs = learner.task.prepare(batch.content.to(learner.device), generator)
@@ -159,9 +161,20 @@ class _Tally:
         self._waited = 0.0
         self._since = time.perf_counter()
 
-    def next_batch(self, batches: Iterator[Any]) -> Any:
+    def next_batch(self, batches: Iterator[Any], device: torch.device) -> Any:
+        """The next batch, if every worker has one: a worker that stopped alone would leave the others waiting."""
         started = time.perf_counter()
-        batch = next(batches)
+        batch, error = None, None
+        try:
+            batch = next(batches)
+        except (UsageError, JobError) as reason:
+            error = reason
+        failed = error is not None
+        if world_size() > 1:
+            failed = bool(sum_over_workers(torch.tensor(float(failed), device=device)) > 0)
+        if failed:
+            raise next(reason for reason in from_all_workers([error]) if reason is not None)
+        assert batch is not None
         self._waited += time.perf_counter() - started
         self._bad_here += [f"{bad.key} ({bad.reason})" for bad in batch.bad][: 5 - len(self._bad_here)]
         return batch

@@ -136,7 +136,7 @@ def test_a_store_that_is_busy_for_a_while_is_waited_for(
     bucket: str, proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     files.write_atomic(f"{bucket}/x", b"1")
-    fault = proxy.add(Kind.UNAVAILABLE, seconds=4.0)
+    fault = proxy.add(Kind.UNAVAILABLE, method="GET", seconds=4.0)
     with caplog.at_level(logging.WARNING):
         assert files.read_bytes(f"{bucket}/x") == b"1"
     assert 4 < fault.hits < 60, "backs off"

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +64,7 @@ class Drawn:
 
     accumulation_steps: int = 1
     bad_at_step: int | None = None
+    ends: tuple[int, int] | None = None  # on this worker before this batch
 
     @property
     def samples(self) -> int:
@@ -74,6 +76,8 @@ class Drawn:
         numbers = [n for piece in pieces for n in self._numbers(order, piece)]
         count = 4 // workers // self.accumulation_steps
         for start in range(0, len(numbers), count):
+            if self.ends == (worker, start // count):
+                raise UsageError("shard-000001.tar: access denied")
             samples = [sample(number) for number in numbers[start : start + count]]
             bad = (_Bad(),) if start == self.bad_at_step else ()
             yield _Batch(concatenate(samples), bad)
@@ -196,12 +200,18 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, others: dict[str, Any], me
 
 def _two_workers(worker: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=worker, world_size=2)
+    patience = timedelta(seconds=120)  # of a worker that was left alone
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=worker, world_size=2, timeout=patience)
     whole, resumed = run_whole_and_resumed(folder, settings(), stop=3)
     # Batch norm's running statistics are each worker's own, and only worker 0's are kept in a checkpoint.
     names = [name for name in whole if worker == 0 or "running" not in name]
     torch.save([name for name in names if not torch.equal(whole[name], resumed[name])], folder / f"differ-{worker}.pt")
     torch.save(whole, folder / f"whole-{worker}.pt")
+    learner = learner_for(settings())
+    kept = Kept(learner)
+    with pytest.raises(UsageError, match=r"^shard-000001\.tar: access denied$"):
+        train(learner, Drawn(ends=(1, 2)), settings(), OPTIMIZER, kept)
+    (folder / f"stopped-{worker}.json").write_text(json.dumps(list(kept.metrics_of)))
     distributed.destroy_process_group()
 
 
@@ -257,10 +267,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def test_resumed_equals_uninterrupted_with_two_workers(tmp_path: Path) -> None:
+def test_two_workers_resume_as_if_uninterrupted_and_stop_together(tmp_path: Path) -> None:
+    """Also when the stream of one of them has an error: the other would wait for it in the next collective."""
     multiprocessing.spawn(_two_workers, (tmp_path, free_port()), nprocs=2)
     for worker in range(2):
         assert torch.load(tmp_path / f"differ-{worker}.pt") == []
+        assert json.loads((tmp_path / f"stopped-{worker}.json").read_text()) == [1, 2]
     first, second = (torch.load(tmp_path / f"whole-{worker}.pt") for worker in range(2))
     for name, value in first.items():
         if "running" not in name:

@@ -12,7 +12,7 @@ from s3fs.errors import translate_boto_error
 
 from freesolo.data import retry
 from freesolo.data.retry import Patience
-from freesolo.data.stores import ask, is_transient
+from freesolo.data.stores import ask, explained, is_transient
 from freesolo.errors import JobError, UsageError
 
 
@@ -104,6 +104,12 @@ def test_what_is_said(error: Exception, kind: type[Exception], line: str, monkey
     monkeypatch.setattr(retry, "PATIENCE", Patience(seconds=0.05, first_wait=0.01))
     with pytest.raises(kind, match=f"^s3://b/x: {line}"):
         ask("s3://b/x", lambda: failing(error))
+
+
+def test_what_is_not_tried_again_is_explained_too() -> None:
+    """For calls that must not be made twice."""
+    with pytest.raises(JobError, match=r"^s3://b/x: the store cannot be reached \(cut\); check"), explained("s3://b/x"):
+        raise aiohttp.ClientPayloadError("cut")
 
 
 def test_a_bug_is_no_store_s_fault() -> None:
