@@ -8,7 +8,7 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIN
 SOURCES := freesolo jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-slow bench lint type format lock clean chromium
+.PHONY: help environment demo test test-slow fuzz bench lint type format lock clean chromium
 
 help:  ## What can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -64,6 +64,13 @@ test: $(READY) chromium  ## The tests (about 13 minutes on 2 cores)
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=3600 --durations=10
+
+# Of each parser of what comes from elsewhere; `make fuzz FUZZ_SECONDS=600 FUZZ_SEED=7` for longer, with other inputs.
+FUZZ_SECONDS ?= 20
+FUZZ_SEED ?= 0
+
+fuzz: $(READY)  ## Damaged inputs for every parser, until one fails (about 3 minutes on 2 cores)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 bench: $(READY)  ## Times beside named peers', asserting none (about a minute on 2 cores)
 	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json
