@@ -8,7 +8,7 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIN
 SOURCES := freesolo jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-slow test-image chaos k8s-check bench image lint type format lock clean chromium
+.PHONY: help environment demo test test-slow test-image chaos fuzz k8s-check bench image lint type format lock clean chromium
 
 help:  ## What can be made here
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -70,6 +70,13 @@ chaos: $(READY)  ## Jobs while things break; what was lost, done twice, and how 
 
 k8s-check: $(READY)  ## Everything in k8s/ built by kustomize, against schemas and rules (about 10 seconds)
 	@$(BIN)/python -m tests.kubernetes
+
+# Of each parser of what comes from elsewhere; `make fuzz FUZZ_SECONDS=600 FUZZ_SEED=7` for longer, with other inputs.
+FUZZ_SECONDS ?= 20
+FUZZ_SEED ?= 0
+
+fuzz: $(READY)  ## Damaged inputs for every parser, until one fails (about 3 minutes on 2 cores)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 bench: $(READY)  ## Times beside named peers', asserting none (about a minute on 2 cores)
 	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json

@@ -12,7 +12,7 @@ import numpy as np
 
 from freesolo.data.coco import ground_truth, sample_labels
 from freesolo.data.labels import ImageLabels, read_label_file, read_labels_of
-from freesolo.data.photos import decode_photo
+from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
 from freesolo.evaluation import Detections, Metrics, evaluate_class_agnostic
@@ -91,7 +91,11 @@ def gallery(dataset: str, label_sets: Mapping[str, str], *, images: int) -> tupl
             layers = [_layer(name, labels[sample.key]) for name, labels in by_key.items()]
             if manifest.annotated:
                 layers.append(_layer(TRUTH, sample_labels(sample), scored=False))
-            photos.append(GalleryPhoto(sample.file_name, decode_photo(sample.image_bytes), tuple(layers)))
+            try:
+                pixels = decode_photo(sample.image_bytes, size=(sample.height, sample.width))
+            except PhotoError:
+                continue  # counted and named where it was labelled; there is nothing to look at
+            photos.append(GalleryPhoto(sample.file_name, pixels, tuple(layers)))
     return tuple(photos)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from pydantic import ValidationError, model_validator
 
 from freesolo.errors import UsageError
 from freesolo.settings import (
+    BoundsSettings,
     ExtractSettings,
     Fraction,
     InferenceSettings,
@@ -40,6 +42,7 @@ class Job(Settings):
 
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
+    bounds: BoundsSettings = BoundsSettings()
 
 
 class PackJob(Job):
@@ -158,6 +161,8 @@ def _check_batch(section: str, loop: LoopSettings, resources: ResourceSettings) 
 
 
 JobType = TypeVar("JobType", bound=Job)
+_MAX_DEPTH = 32
+_SHOWN = 200  # characters of a wrong value
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -178,8 +183,8 @@ def load_config(job: type[JobType], path: str | Path, overrides: list[str] | tup
     if not file.is_file():
         raise UsageError(f"--config {path}: no such file")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = _parse_yaml(file.read_text(encoding="utf-8")) or {}
+    except ValueError as error:
         raise UsageError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UsageError(f"--config {path}: must be a mapping of settings, is a {type(raw).__name__}")
@@ -196,8 +201,8 @@ def parse_config(job: type[JobType], raw: dict[str, Any], *, source: str) -> Job
     Raises:
         UsageError: Names each key that is wrong, its value and the fix.
     """
+    text = json.dumps(_over_defaults(job, raw), default=str)  # a date is a text that looks like one
     try:
-        text = json.dumps(_over_defaults(job, raw), default=str)  # a date is a text that looks like one
         return job.model_validate_json(text)
     except ValidationError as error:
         lines = [_explain(job, detail) for detail in error.errors()]
@@ -207,6 +212,52 @@ def parse_config(job: type[JobType], raw: dict[str, Any], *, source: str) -> Job
 def dump_config(settings: Settings) -> str:
     """The resolved settings as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain YAML: nothing that multiplies (aliases), nests without end, or is said twice."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a value.
+
+        Raises:
+            yaml.YAMLError: An alias, or a value nested too deep.
+        """
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read in a configuration: write the value out")
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {_MAX_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Construct a mapping.
+
+        Raises:
+            yaml.YAMLError: A key is there twice, or is no text.
+        """
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) != len(node.value):
+            raise yaml.YAMLError(f"a setting is there twice, among {', '.join(map(str, mapping))}")
+        if not all(isinstance(key, str) for key in mapping):
+            raise yaml.YAMLError("the names of settings are words: put one that YAML reads otherwise in quotes")
+        return mapping
+
+
+def _parse_yaml(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        ValueError: It is not YAML, or not plain.
+    """
+    try:
+        return yaml.load(text, _StrictLoader)
+    except (yaml.YAMLError, OverflowError, RecursionError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _over_defaults(model: type[Settings], raw: dict[str, Any]) -> dict[str, Any]:
@@ -241,9 +292,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise UsageError(f"override {override!r}: {parent} is a value, not a section")
     try:
-        section[leaf] = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise UsageError(f"override {override!r}: the value is not valid YAML; put it in quotes") from error
+        section[leaf] = _parse_yaml(text) if text else None
+    except ValueError as error:
+        raise UsageError(f"override {override[:_SHOWN]!r}: the value is not valid YAML; put it in quotes") from error
 
 
 def _explain(job: type[Job], detail: Any) -> str:
@@ -259,7 +310,8 @@ def _explain(job: type[Job], detail: Any) -> str:
     hint = ""
     if isinstance(value, str) and detail["type"].startswith(("float", "int")):
         hint = " (YAML reads 1e-4 as text: write 1.0e-4)"
-    return f"{key}={value!r}: {detail['msg'].lower()}{hint}"
+    shown = repr(value) if len(repr(value)) <= _SHOWN else f"{repr(value)[:_SHOWN]}..."
+    return f"{key}={shown}: {detail['msg'].lower()}{hint}"
 
 
 def _fields_beside(job: type[Job], location: tuple[Any, ...]) -> list[str]:

@@ -79,7 +79,7 @@ def _describe_label_set(url: str) -> tuple[str, bool]:
         f"  {manifest.plan.kind}: {manifest.instances:,} instances in {manifest.images:,} images, "
         f"{manifest.instances / max(manifest.images, 1):.1f} an image, {manifest.unreadable} unreadable",
         f"  of data set {manifest.plan.dataset_url}, digest {manifest.plan.dataset_digest}",
-        f"  made with {manifest.plan.model['weights']}, sha256 {manifest.plan.model['sha256']}",
+        f"  made with {manifest.plan.model.get('weights', '?')}, sha256 {manifest.plan.model.get('sha256', '?')}",
         f"  digest {manifest.digest}",
     ]
     damaged = _damaged_files(url, manifest)

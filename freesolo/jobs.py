@@ -116,7 +116,10 @@ def pack_stage(job: PackJob, folder: StageFolder, parent_url: str | None = None)
 
     def plan() -> tuple[PhotoCollection, list[ShardTask]]:
         photos = find_photos(job.photos, images=job.images)
-        return photos, plan_shards(photos, job.dataset, samples_per_shard=job.samples_per_shard, seed=job.seed)
+        tasks = plan_shards(
+            photos, job.dataset, samples_per_shard=job.samples_per_shard, seed=job.seed, bounds=job.bounds
+        )
+        return photos, tasks
 
     def work(planned: tuple[PhotoCollection, list[ShardTask]]) -> StageResult:
         started = time.monotonic()

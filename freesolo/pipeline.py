@@ -207,6 +207,7 @@ class _Pipeline:
         registered = None if name is None or registered_suffix is None else name + registered_suffix
         return {
             "resources": self.job.resources,
+            "bounds": self.job.bounds,
             "tracking": tracking.model_copy(update={"registered_model": registered}),
         }
 

@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+MAX_INSTANCES = 1000  # of a photo, in what is written and what is read: the masks of all lie in memory together
+Instances = Annotated[int, Field(gt=0, le=MAX_INSTANCES)]
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 
 
@@ -23,7 +25,10 @@ def absolute_url(url: str) -> str:
 
 
 def _absolute_file(reference: str) -> str:
-    return absolute_url(reference) if Path(reference).is_file() else reference
+    try:
+        return absolute_url(reference) if Path(reference).is_file() else reference
+    except OSError:  # a name that is too long for a file
+        return reference
 
 
 Url = Annotated[str, AfterValidator(absolute_url)]  # folder or file: a path or any fsspec URL
@@ -33,7 +38,7 @@ Weights = Annotated[str, AfterValidator(_absolute_file)]  # path, URL, published
 class Settings(BaseModel):
     """What all settings share: frozen, strict, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 # --- what every job has -------------------------------------------------------------------------------------------
@@ -66,6 +71,16 @@ class ResourceSettings(Settings):
     def max_workers(self) -> int:
         """The most that it will use."""
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+
+
+class BoundsSettings(Settings):
+    """The largest sample that is read. A larger one is a bad sample: counted, named, never decoded into memory."""
+
+    max_sample_bytes: Positive = 256 * 2**20  # of a photo's file, as the shard holds it
+    max_pixels: Annotated[int, Field(gt=0, lt=2**29)] = 128_000_000  # height times width; three bytes each in memory
+
+
+DEFAULT_BOUNDS = BoundsSettings()
 
 
 class TrackingSettings(Settings):
@@ -201,7 +216,7 @@ class FreeMaskSettings(Settings):
     query_scales: tuple[float, ...] = (1.0, 0.5, 0.25)
     mask_threshold: Fraction = 0.5
     min_maskness: Fraction = 0.7  # after NMS
-    max_instances: Positive = 20
+    max_instances: Instances = 20
     nms_sigma: float = Field(default=2.0, gt=0.0)
     top_border: Fraction = 0.2  # masks centred at or above this share of the height are dropped; 0: none
     max_width: Fraction = 0.95  # masks on this share of the columns or more are dropped; 1: none
@@ -274,7 +289,7 @@ class InferenceSettings(Settings):
     max_before_nms: Positive = 500
     nms_sigma: float = Field(default=2.0, gt=0.0)
     min_score: Fraction = 0.05  # after Matrix NMS
-    max_instances: Positive = 100
+    max_instances: Instances = 100
 
 
 class SegmentationViewSettings(ColourSettings):

@@ -17,10 +17,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from freesolo.data import files
+from freesolo.data.documents import short
 from freesolo.data.labels import ImageLabels, LabelledInstance, read_label_file, read_label_manifest
 from freesolo.data.shards import Sample, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
 from freesolo.ops.masks import Rle, rle_from_coco
+from freesolo.settings import MAX_INSTANCES
 
 OBJECT_CATEGORY: dict[str, Any] = {"id": 1, "name": "object", "supercategory": "object"}
 
@@ -54,18 +56,20 @@ def annotation_rle(annotation: Mapping[str, Any], height: int, width: int) -> Rl
     points or lines is an empty mask.
 
     Raises:
-        ValueError: Neither a segmentation nor a box, or an encoding of another size; names the annotation.
+        ValueError: Neither a segmentation nor a box, an encoding of another size, or a field that is not COCO's; names
+            the annotation.
     """
     try:
+        _check_fields(annotation)
         segmentation = annotation.get("segmentation") or [_box_polygon(annotation["bbox"])]
         if isinstance(segmentation, list):
-            segmentation = [_checked_polygon(polygon) for polygon in segmentation if len(polygon) >= 6]
+            segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
             if not segmentation:
                 return rle_from_coco({"size": [height, width], "counts": [height * width]}, height, width)
         return rle_from_coco(segmentation, height, width)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"annotation {annotation.get('id')} is damaged: {' '.join(reason.split())}") from error
+        raise ValueError(f"annotation {short(annotation.get('id'))} is damaged: {' '.join(reason.split())}") from error
 
 
 def sample_labels(sample: Sample, categories: Mapping[int, int] | None = None) -> ImageLabels:
@@ -89,6 +93,8 @@ def sample_labels(sample: Sample, categories: Mapping[int, int] | None = None) -
             instance = _instance(annotation, sample, categories)
             if instance is not None:
                 instances.append(instance)
+        if len(instances) > MAX_INSTANCES:
+            raise ValueError(f"{len(instances)} annotated objects, more than {MAX_INSTANCES} in one photo")
     except ValueError as damage:
         error, instances = str(damage), []
     return ImageLabels(
@@ -269,11 +275,22 @@ def _complete(annotation: CocoRecord, height: int, width: int) -> CocoRecord:
     return filled | annotation | {"segmentation": rle}
 
 
-def _checked_polygon(polygon: Sequence[Any]) -> list[float]:
-    # pycocotools reads past what is not a list of pairs of numbers.
-    if len(polygon) % 2 or not all(isinstance(coordinate, int | float) for coordinate in polygon):
-        raise ValueError("a polygon that is not a list of x, y, x, y, ...")
-    return [float(coordinate) for coordinate in polygon]
+def _check_fields(annotation: Mapping[str, Any]) -> None:
+    """Beside its shape, an annotation has fields that are taken as they are; each may be missing."""
+    for name in ("id", "image_id", "category_id"):
+        if name in annotation and type(annotation[name]) is not int:
+            raise ValueError(f"{name}={short(annotation[name])} is not a whole number")
+    if "iscrowd" in annotation and annotation["iscrowd"] not in (0, 1):
+        raise ValueError(f"iscrowd={short(annotation['iscrowd'])} is neither 0 nor 1")
+    if "area" in annotation and not _is_finite(annotation["area"]):
+        raise ValueError(f"area={short(annotation['area'])} is not a number")
+    box = annotation.get("bbox", [0, 0, 0, 0])
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_finite(side) for side in box):
+        raise ValueError(f"bbox={short(box)} is not x, y, width, height")
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and -1e15 < value < 1e15  # type: ignore[operator]  # which NaN is not, either
 
 
 def _box_polygon(bbox: Sequence[float | int]) -> list[float]:

@@ -33,6 +33,7 @@ from freesolo.data.sources import PhotoCollection
 from freesolo.data.views import Row, View
 from freesolo.errors import JobError, UsageError
 from freesolo.progress import progress
+from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
 # What one decode task gets. Much smaller than Ray's default of 128 MiB, so that the samples of one shard are decoded in
 # parallel and little waits in the object store.
@@ -73,6 +74,7 @@ class TrainingStream(Generic[Batch]):
         batch_size: Samples of an optimiser step, all workers together.
         accumulation_steps: Batches that this stream yields per optimiser step.
         prefetch_batches: Batches made ready ahead of use.
+        bounds: A larger sample is a bad one.
     """
 
     dataset_url: str
@@ -83,6 +85,7 @@ class TrainingStream(Generic[Batch]):
     batch_size: int
     accumulation_steps: int = 1
     prefetch_batches: int = 2
+    bounds: BoundsSettings = DEFAULT_BOUNDS
 
     @property
     def samples(self) -> int:
@@ -253,18 +256,29 @@ def _read_members(stream: TrainingStream[Batch], shard: ShardInfo, wanted: Seque
     chosen, read = set(wanted), 0
     try:
         labels = None if stream.labels_url is None else _labels_by_key(stream.labels_url, shard.name)
-        for member, sample in enumerate(read_shard(stream.dataset_url, shard)):
+        for member, sample in enumerate(read_shard(stream.dataset_url, shard, bounds=stream.bounds)):
             read += 1
             if member not in chosen:
                 continue
-            if labels is not None and sample.key not in labels:
-                found[member] = f"{sample.key} has no record in {shard.name} of {stream.labels_url}"
-            else:
-                found[member] = pickle.dumps((sample, None if labels is None else labels[sample.key]))
+            found[member] = _with_labels(sample, labels, f"{shard.name} of {stream.labels_url}")
     except (ShardError, LabelFileError) as error:
         kept = found if read < shard.samples else {}
         return {member: kept.get(member, str(error)) for member in wanted}
     return found
+
+
+def _with_labels(sample: Sample, labels: dict[str, ImageLabels] | None, source: str) -> bytes | str:
+    """A sample and its labels, pickled for the next task, or why they cannot be used."""
+    if sample.error is not None:
+        return f"{sample.key}: {sample.error}"
+    if labels is None:
+        return pickle.dumps((sample, None))
+    record = labels.get(sample.key)
+    if record is None:
+        return f"{sample.key} has no record in {source}"
+    if record.error is None and (record.height, record.width) != (sample.height, sample.width):
+        return f"{sample.key} is {record.width} x {record.height} pixels in {source}"
+    return pickle.dumps((sample, record))
 
 
 def _labels_by_key(labels_url: str, shard_name: str) -> dict[str, ImageLabels]:

@@ -13,10 +13,24 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
 
 from freesolo.data import files
-from freesolo.data.documents import canonical_digest, differences, document_text, parse_versioned
+from freesolo.data.documents import (
+    STRICT,
+    Count,
+    Sha256,
+    ShardName,
+    canonical_digest,
+    differences,
+    document_text,
+    parse_fields,
+    parse_versioned,
+    read_document,
+    short,
+)
 from freesolo.data.label_table import ImageLabels, LabelFileError, LabelledInstance, decode_labels, encode_labels
 from freesolo.data.shards import DatasetManifest, ShardInfo, shard_index
 from freesolo.errors import JobError, UsageError
@@ -64,12 +78,14 @@ class LabelPlan:
         parent: Digest of the label set that the model was trained on, its lineage; None for the first.
     """
 
-    dataset_digest: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    dataset_digest: Sha256
     dataset_url: str
     kind: LabelKind
     model: dict[str, Any]
     settings: dict[str, Any]
-    parent: str | None
+    parent: Sha256 | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +101,14 @@ class LabelFile:
         sha256: Of the file, in hexadecimal.
     """
 
-    name: str
-    images: int
-    instances: int
-    unreadable: int
-    bytes: int
-    sha256: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: ShardName
+    images: Count
+    instances: Count
+    unreadable: Count
+    bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +120,8 @@ class LabelManifest:
         plan: What it was made from.
         files: One for each shard of the data set, in order.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     format_version: int
     plan: LabelPlan
@@ -129,25 +149,31 @@ class LabelManifest:
 
     def to_json(self) -> str:
         """The manifest's file: the same text for the same manifest."""
-        totals = {"images": self.images, "instances": self.instances, "unreadable": self.unreadable}
-        return document_text(self._raw() | {"totals": totals})
+        return document_text(self._raw() | {"totals": self._totals()})
 
     @classmethod
-    def from_json(cls, text: str) -> LabelManifest:
+    def from_json(cls, text: str | bytes) -> LabelManifest:
         """Read what `to_json` wrote.
 
         Raises:
             UsageError: Not a label set's manifest, or a newer format's.
         """
         raw = parse_versioned(text, FORMAT, FORMAT_VERSION)
+        totals = raw.pop("totals", None)
+        del raw["format"]
         try:
-            return cls(
-                format_version=raw["format_version"],
-                plan=LabelPlan(**raw["plan"]),
-                files=tuple(LabelFile(**file) for file in raw["files"]),
-            )
-        except (KeyError, TypeError) as error:
+            manifest = parse_fields(cls, raw)
+            names = [file.name for file in manifest.files]
+            if len(set(names)) != len(names):
+                raise UsageError(f"two files are named {next(name for name in names if names.count(name) > 1)}")
+            if totals != manifest._totals():
+                raise UsageError(f"its totals are {short(totals)}, its files' {manifest._totals()}")
+        except UsageError as error:
             raise UsageError(f"a damaged manifest: {error}; make the label set again") from error
+        return manifest
+
+    def _totals(self) -> dict[str, int]:
+        return {"images": self.images, "instances": self.instances, "unreadable": self.unreadable}
 
     def _raw(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -177,7 +203,7 @@ def check_label_set(url: str, plan: LabelPlan) -> bool:
             raise UsageError(f"{url}: there is something else already (a {MANIFEST_NAME}); choose another URL")
         return False
     try:
-        there = parse_versioned(files.read_bytes(location).decode(errors="replace"), PLAN_FORMAT, FORMAT_VERSION)
+        there = parse_versioned(read_document(location), PLAN_FORMAT, FORMAT_VERSION)
     except UsageError as error:
         raise UsageError(f"{location}: {error}") from error
     different = differences(there | {"dataset_url": None}, asked | {"dataset_url": None})
@@ -286,7 +312,7 @@ def read_label_manifest(url: str) -> LabelManifest:
             raise UsageError(f"{url}: a label set that was begun and not finished; run its job again to finish it")
         raise UsageError(f"{url}: no label set there (no {MANIFEST_NAME}); check the URL")
     try:
-        return LabelManifest.from_json(files.read_bytes(location).decode(errors="replace"))
+        return LabelManifest.from_json(read_document(location))
     except UsageError as error:
         raise UsageError(f"{location}: {error}") from error
 
@@ -305,7 +331,7 @@ def read_label_file(url: str, name: str) -> list[ImageLabels]:
     location = _file_url(url, name)
     if not files.exists(location):
         raise LabelFileError(f"{location}: the label file is missing; was the label set made for this data set?")
-    return decode_labels(files.read_bytes(location), location)
+    return decode_labels(read_document(location), location)
 
 
 def read_labels_of(url: str, dataset: DatasetManifest) -> LabelManifest:
@@ -353,10 +379,10 @@ def _read_plan(url: str) -> LabelPlan:
     if not files.exists(location):
         raise UsageError(f"{url}: no label set was begun there (no {PLAN_NAME})")
     try:
-        raw = parse_versioned(files.read_bytes(location).decode(errors="replace"), PLAN_FORMAT, FORMAT_VERSION)
+        raw = parse_versioned(read_document(location), PLAN_FORMAT, FORMAT_VERSION)
         del raw["format"], raw["format_version"]
-        return LabelPlan(**raw)
-    except (UsageError, TypeError) as error:
+        return parse_fields(LabelPlan, raw)
+    except UsageError as error:
         raise UsageError(f"{location}: {error}") from error
 
 
@@ -390,7 +416,7 @@ def _inspect(url: str, name: str) -> LabelFile | None:
         location = _file_url(url, name)
         if not files.exists(location):
             return None
-        data = files.read_bytes(location)
+        data = read_document(location)
         return _describe(name, data, decode_labels(data, location))
     except LabelFileError:
         return None

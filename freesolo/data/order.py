@@ -46,11 +46,20 @@ class StreamState:
 
     @classmethod
     def from_json(cls, record: dict[str, object]) -> StreamState:
-        """The state that `to_json` wrote."""
+        """The state that `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: It did not write this.
+        """
         unseen = record["unseen"]
         next_epoch = record["next_epoch"]
-        assert isinstance(unseen, list)
-        assert isinstance(next_epoch, int)
+        if type(next_epoch) is not int or next_epoch < 0 or not isinstance(unseen, list):
+            raise ValueError("not a stream's state")
+        for numbers in unseen:
+            if [type(number) for number in numbers] != [int, int, int] or not (
+                0 <= numbers[0] < next_epoch and 0 <= numbers[1] < numbers[2]
+            ):
+                raise ValueError(f"not a span of epochs below {next_epoch}: {numbers}")
         return cls(next_epoch, tuple(Span(*numbers) for numbers in unseen))
 
 

@@ -32,12 +32,15 @@ from freesolo.data.shards import (
     Sample,
     ShardInfo,
     SkippedPhoto,
+    check_record,
+    over_bytes,
     shard_name,
     write_dataset_manifest,
     write_shard,
 )
 from freesolo.data.sources import PhotoCollection, PhotoSource, find_photos
 from freesolo.errors import JobError, UsageError
+from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,13 @@ class ShardTask:
         dataset_url: Of the data set.
         name: Of the shard.
         photos: In the order of the shard.
+        bounds: A larger photo is skipped, unread.
     """
 
     dataset_url: str
     name: str
     photos: tuple[PhotoSource, ...]
+    bounds: BoundsSettings = DEFAULT_BOUNDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,14 @@ def _refuse_finished(dataset_url: str) -> None:
         raise UsageError(f"{dataset_url}: there is a data set already; give another URL, or remove that one")
 
 
-def plan_shards(collection: PhotoCollection, dataset_url: str, *, samples_per_shard: int, seed: int) -> list[ShardTask]:
+def plan_shards(
+    collection: PhotoCollection,
+    dataset_url: str,
+    *,
+    samples_per_shard: int,
+    seed: int,
+    bounds: BoundsSettings = DEFAULT_BOUNDS,
+) -> list[ShardTask]:
     """Decide which photo goes into which shard, and in what order.
 
     Args:
@@ -140,6 +152,7 @@ def plan_shards(collection: PhotoCollection, dataset_url: str, *, samples_per_sh
         dataset_url: Where the data set goes.
         samples_per_shard: How many photos a shard has at most, at least 1.
         seed: Of the order.
+        bounds: Larger photos will be skipped, unread.
 
     Raises:
         UsageError: There is a data set, or something else with a manifest, at `dataset_url`.
@@ -148,7 +161,7 @@ def plan_shards(collection: PhotoCollection, dataset_url: str, *, samples_per_sh
     photos = sorted(collection.photos, key=lambda photo: (_rank(photo.file_name, seed), photo.image_id))
     starts = range(0, len(photos), samples_per_shard)
     return [
-        ShardTask(dataset_url, shard_name(index), tuple(photos[start : start + samples_per_shard]))
+        ShardTask(dataset_url, shard_name(index), tuple(photos[start : start + samples_per_shard]), bounds)
         for index, start in enumerate(starts)
     ]
 
@@ -160,7 +173,7 @@ def pack_shard(task: ShardTask) -> PackedShard:
         UsageError, JobError: A store refuses, or cannot be reached. A photo that is missing or damaged is no error.
     """
     skipped: list[SkippedPhoto] = []
-    readable = _readable(task.photos, skipped)
+    readable = _readable(task, skipped)
     first = next(readable, None)
     info = write_shard(task.dataset_url, task.name, _chain(first, readable)) if first is not None else None
     return PackedShard(task.name, info, tuple(skipped), len(task.photos))
@@ -230,34 +243,32 @@ def _pack_all(tasks: Sequence[ShardTask], workers: int) -> Generator[PackedShard
         executor.shutdown(cancel_futures=True)
 
 
-def _readable(photos: Iterable[PhotoSource], skipped: list[SkippedPhoto]) -> Iterator[Sample]:
+def _readable(task: ShardTask, skipped: list[SkippedPhoto]) -> Iterator[Sample]:
     """The photos that can be read, one at a time; the others are added to `skipped`."""
-    for photo in photos:
+    for photo in task.photos:
         try:
-            yield _sample(photo)
+            yield _sample(photo, task.bounds)
         except (PhotoError, files.UnreadableFileError) as error:
             skipped.append(SkippedPhoto(photo.file_name, str(error)))
 
 
-def _sample(photo: PhotoSource) -> Sample:
+def _sample(photo: PhotoSource, bounds: BoundsSettings) -> Sample:
     """Read one photo and check all of it.
 
     Raises:
-        PhotoError: It or one of its annotations is damaged, or they do not fit together.
+        PhotoError: It or one of its annotations is damaged, they do not fit together, or it is over the bounds.
     """
+    too_large = over_bytes(files.size(photo.url) or 0, bounds)
+    if too_large:
+        raise PhotoError(too_large)
     data = files.read_bytes(photo.url)
+    height, width = photo_size(data, max_pixels=bounds.max_pixels)
     # An eighth of the size is several times faster to make, and meets every damaged byte on the way.
-    decode_photo(data, min_short_side=1)
-    height, width = photo_size(data)
+    decode_photo(data, max_pixels=bounds.max_pixels, min_short_side=1)
     if photo.size is not None and photo.size != (height, width):
         claimed = f"{photo.size[1]} x {photo.size[0]}"
         raise PhotoError(f"{width} x {height} pixels, annotated as {claimed} (was it turned, or resized?)")
-    try:
-        for annotation in photo.annotations:
-            annotation_rle(annotation, height, width)
-    except ValueError as error:
-        raise PhotoError(str(error)) from error
-    return Sample(
+    sample = Sample(
         key=f"{photo.image_id:012d}",
         image_bytes=data,
         image_id=photo.image_id,
@@ -266,6 +277,13 @@ def _sample(photo: PhotoSource) -> Sample:
         height=height,
         annotations=photo.annotations,
     )
+    try:
+        for annotation in photo.annotations:
+            annotation_rle(annotation, height, width)
+        check_record(sample, bounds)
+    except ValueError as error:
+        raise PhotoError(str(error)) from error
+    return sample
 
 
 def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:

@@ -7,6 +7,8 @@ What is decided here, for every part of the system:
   to their own brightest value.
 - Of an animation or a multi-page file the first picture counts. Colour profiles are ignored: all is taken as sRGB.
 - A photo is whole or unreadable: a truncated or damaged one is an error, never a picture that is grey below the cut.
+- A photo may come from anyone: what its header declares is looked at before a pixel is decoded, and only readers of
+  photo formats are let near it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,26 @@ import simplejpeg
 from jaxtyping import Float, Integer, Shaped, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# Just below the size at which Pillow warns of a decompression bomb: 267 MB as RGB.
-MAX_PIXELS = 89_000_000
+from freesolo.settings import DEFAULT_BOUNDS
+
+MAX_PIXELS = DEFAULT_BOUNDS.max_pixels
+
+# Pillow's own limit, of the whole process, only warns, and of less than a photo may have here. It is set above what
+# any setting allows, where it still guards what Pillow allocates before it tells a photo's size.
+_PILLOW_MAX_PIXELS = Image.MAX_IMAGE_PIXELS = 2**29
+
+# Pillow reads forty formats by their content, among them EPS, for which it runs Ghostscript. MPO comes with JPEG.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+
+# A progressive JPEG is refined scan by scan, over all of its pixels each time: a kilobyte can say so a hundred times.
+# Cameras and optimisers write about ten.
+_MAX_SCANS = 64
 
 # Some cameras leave a few bytes before the end marker; more of them mean that decoding lost its way in damaged data.
 _HARMLESS_EXTRANEOUS_BYTES = 16
+
+# A marker in a JPEG: neither a stuffed zero nor a restart, with any filling before it.
+_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 
 # First bytes of a file -> the usual extension of its format.
 _SIGNATURES = (
@@ -63,12 +80,15 @@ def photo_size(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         PhotoError: Empty, of no known format, or too large. A header that reads well does not vouch for the rest.
     """
     with _opened(data, max_pixels) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return _upright_size(image, _orientation(image))
 
 
 def decode_photo(
-    data: bytes, *, max_pixels: int = MAX_PIXELS, min_short_side: int | None = None
+    data: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    min_short_side: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Decode a photo to RGB.
 
@@ -77,14 +97,20 @@ def decode_photo(
         max_pixels: A larger photo is refused before any of it is decoded.
         min_short_side: Allow a JPEG to be decoded at a reduced size (eighths, by libjpeg's scaled DCT), which is
             faster, as long as its short side keeps at least so many pixels. A smaller photo is never enlarged.
+        size: Height and width that the photo must have, as its sample's record says, which takes the place of
+            `max_pixels`. Masks would not fit another, which is refused before any of it is decoded.
 
     Raises:
-        PhotoError: Empty, truncated, damaged, of no known format, or too large.
+        PhotoError: Empty, truncated, damaged, of no known format, too large, or of another size.
     """
-    with _opened(data, max_pixels) as image:
+    with _opened(data, max_pixels if size is None else _PILLOW_MAX_PIXELS) as image:
         orientation = _orientation(image)
+        height, width = _upright_size(image, orientation)
+        if size is not None and size != (height, width):
+            raise PhotoError(f"{width} x {height} pixels, which is not the size of its record: {size[1]} x {size[0]}")
         pixels = None
         if image.format in ("JPEG", "MPO"):
+            _check_scans(data)
             pixels = _decode_plain_jpeg(data, min_short_side)
         if pixels is None:
             image.load()
@@ -98,16 +124,21 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     if not data:
         raise PhotoError("empty file")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise PhotoError(f"{image.width} x {image.height} pixels are more than {max_pixels}")
+                raise PhotoError(
+                    f"{image.width} x {image.height} pixels are more than bounds.max_pixels={max_pixels} allows"
+                )
             yield image
     except (PhotoError, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise PhotoError("not a photo in a format that can be read") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PhotoError(f"too large: {error}") from error
+        count = re.search(r"\d+", str(error))
+        raise PhotoError(
+            f"{count[0] if count else 'far'} pixels are more than bounds.max_pixels={max_pixels} allows"
+        ) from error
     except Exception as error:
         # Pillow's readers raise whatever their parsing of a damaged file happens to: SyntaxError, struct.error, ...
         raise PhotoError(f"damaged: {' '.join(str(error).split()) or type(error).__name__}") from error
@@ -125,6 +156,11 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
+def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
+    """Height and width as the photo is looked at."""
+    return (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+
+
 def _turn_upright(pixels: UInt8[np.ndarray, "H W 3"], orientation: int) -> UInt8[np.ndarray, "H2 W2 3"]:
     """Undo how the camera was held: EXIF 2.32, tag 0x0112."""
     if orientation >= 5:
@@ -134,6 +170,22 @@ def _turn_upright(pixels: UInt8[np.ndarray, "H W 3"], orientation: int) -> UInt8
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return pixels
+
+
+def _check_scans(data: bytes) -> None:
+    """Refuse a JPEG of more scans than any photo has."""
+    if data.count(b"\xff\xda") <= _MAX_SCANS:
+        return  # also what follows a photo in its file, a film or another photo, may hold these bytes
+    scans, place = 0, 2
+    while marker := _MARKER.search(data, place):
+        kind, place = marker[0][-1], marker.end()
+        if kind == 0xD9:
+            return
+        if kind >= 0xC0 and kind != 0xD8:  # has a length, then its content; entropy-coded data has no such markers
+            place += int.from_bytes(data[place : place + 2])
+        scans += kind == 0xDA
+        if scans > _MAX_SCANS:
+            raise PhotoError(f"a JPEG of more than {_MAX_SCANS} scans: no photo, but a waste of time")
 
 
 def _decode_plain_jpeg(data: bytes, min_short_side: int | None) -> UInt8[np.ndarray, "H W 3"] | None:

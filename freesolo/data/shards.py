@@ -7,6 +7,9 @@ members side by side, `<key>.jpg` (the photo's own bytes; the extension is that 
 
 `width` and `height` are those of the photo as it is looked at, after its EXIF orientation. The manifest is written
 last, so that a data set half written is none; it names every shard, and nothing lists a folder to find them.
+
+A shard may come from anyone. Its members are read as a stream and never put on a disk, nothing but its samples is let
+in, and a reader holds no more than one sample of `bounds` (`freesolo.settings`), whatever the shard declares.
 """
 
 from __future__ import annotations
@@ -14,20 +17,39 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
+
+from pydantic import ConfigDict
 
 from freesolo.data import files
-from freesolo.data.documents import canonical_digest, document_text, parse_versioned
+from freesolo.data.documents import (
+    STRICT,
+    Count,
+    Sha256,
+    ShardName,
+    canonical_digest,
+    document_text,
+    parse_fields,
+    parse_json,
+    parse_versioned,
+    read_document,
+    short,
+)
 from freesolo.data.photos import file_extension
 from freesolo.errors import JobError, UsageError
+from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
 FORMAT = "freesolo.dataset"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _CHUNK = 2**20
+# A member's name is a key and an extension, not a path: nothing that a file system or a URL would follow.
+_MEMBER_NAME = re.compile(r"([A-Za-z0-9_-]{1,200})\.([a-z0-9]{1,8})")
+_RECORD: dict[str, type] = {"image_id": int, "file_name": str, "width": int, "height": int, "annotations": list}
 
 
 class ShardError(JobError):
@@ -42,6 +64,8 @@ class SkippedPhoto:
         file_name: Relative to the folder that was packed.
         reason: Why, in a few words.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     file_name: str
     reason: str
@@ -58,10 +82,12 @@ class ShardInfo:
         sha256: Of the file, in hexadecimal.
     """
 
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: ShardName
+    samples: Count
+    bytes: Count
+    sha256: Sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +102,7 @@ class Sample:
         width: Pixels, after the EXIF orientation.
         height: Pixels, after the EXIF orientation.
         annotations: COCO's, verbatim; empty where there are none.
+        error: Why the photo must not be used: it is over the reader's bounds. `image_bytes` are then empty.
     """
 
     key: str
@@ -85,6 +112,7 @@ class Sample:
     width: int
     height: int
     annotations: tuple[dict[str, Any], ...] = ()
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +126,8 @@ class DatasetManifest:
         categories: COCO's, verbatim; empty where the set is not annotated.
         skipped: Photos that were found but could not be read.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     format_version: int
     shards: tuple[ShardInfo, ...]
@@ -117,27 +147,31 @@ class DatasetManifest:
 
     def to_json(self) -> str:
         """The manifest's file: the same text for the same manifest."""
-        totals = {"samples": self.samples, "bytes": sum(shard.bytes for shard in self.shards)}
-        return document_text(self._raw() | {"totals": totals})
+        return document_text(self._raw() | {"totals": self._totals()})
 
     @classmethod
-    def from_json(cls, text: str) -> DatasetManifest:
+    def from_json(cls, text: str | bytes) -> DatasetManifest:
         """Read what `to_json` wrote.
 
         Raises:
             UsageError: Not a data set's manifest, or a newer format's.
         """
         raw = parse_versioned(text, FORMAT, FORMAT_VERSION)
+        totals = raw.pop("totals", None)
+        del raw["format"]
         try:
-            return cls(
-                format_version=raw["format_version"],
-                shards=tuple(ShardInfo(**shard) for shard in raw["shards"]),
-                annotated=raw["annotated"],
-                categories=tuple(raw["categories"]),
-                skipped=tuple(SkippedPhoto(**photo) for photo in raw["skipped"]),
-            )
-        except (KeyError, TypeError) as error:
+            manifest = parse_fields(cls, raw)
+            names = [shard.name for shard in manifest.shards]
+            if len(set(names)) != len(names):
+                raise UsageError(f"two shards are named {next(name for name in names if names.count(name) > 1)}")
+            if totals != manifest._totals():
+                raise UsageError(f"its totals are {short(totals)}, its shards' {manifest._totals()}")
+        except UsageError as error:
             raise UsageError(f"a damaged manifest: {error}; pack the data set again") from error
+        return manifest
+
+    def _totals(self) -> dict[str, int]:
+        return {"samples": self.samples, "bytes": sum(shard.bytes for shard in self.shards)}
 
     def _raw(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -171,7 +205,7 @@ def read_dataset_manifest(url: str) -> DatasetManifest:
     if not files.exists(location):
         raise UsageError(f"{url}: no data set there (no {MANIFEST_NAME}); make one with jobs/pack_shards.py")
     try:
-        return DatasetManifest.from_json(files.read_bytes(location).decode(errors="replace"))
+        return DatasetManifest.from_json(read_document(location))
     except UsageError as error:
         raise UsageError(f"{location}: {error}") from error
 
@@ -219,10 +253,15 @@ def write_shard(url: str, name: str, samples: Iterable[Sample]) -> ShardInfo:
     return ShardInfo(name=name, samples=len(keys), bytes=digesting.size, sha256=digesting.hexdigest())
 
 
-def read_shard(url: str, shard: ShardInfo) -> Iterator[Sample]:
+def read_shard(url: str, shard: ShardInfo, *, bounds: BoundsSettings = DEFAULT_BOUNDS) -> Iterator[Sample]:
     """The samples of one shard, in order, streamed in constant memory.
 
     The digest is known, and checked, only at the end: who must not act on a damaged shard waits for the end.
+
+    Args:
+        url: The data set.
+        shard: As its manifest has it.
+        bounds: A larger sample comes without its photo, and with the reason as its `error`.
 
     Raises:
         ShardError: The shard is missing, truncated, altered or not a shard; names it. May come after some samples.
@@ -233,18 +272,36 @@ def read_shard(url: str, shard: ShardInfo) -> Iterator[Sample]:
         raise ShardError(f"{location}: the shard is missing; the manifest says {shard.samples} samples")
     count = 0
     with files.open_stream(location) as stream:
-        digesting = _DigestingReader(stream)
+        digesting = _DigestingReader(stream, shard.bytes, location)
         try:
-            for sample in _read_tar(digesting, location):
+            for sample in _read_tar(digesting, location, bounds):
+                if count == shard.samples:
+                    raise ShardError(f"{location}: more than the {shard.samples} samples of its manifest: altered")
                 count += 1
                 yield sample
-        except tarfile.TarError as error:
+            digesting.drain()
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            # tarfile raises the latter two for numbers and names in a header that are none.
             raise ShardError(f"{location}: truncated or not a tar, after {count} samples ({error})") from error
-        digesting.drain()
     if count != shard.samples:
         raise ShardError(f"{location}: {count} samples where the manifest says {shard.samples}: truncated")
     if digesting.hexdigest() != shard.sha256:
         raise ShardError(f"{location}: its sha256 is not the manifest's: altered since it was packed")
+
+
+def check_record(sample: Sample, bounds: BoundsSettings) -> None:
+    """See that a sample's record can be written and will be read again.
+
+    Raises:
+        ValueError: Its annotations hold what JSON cannot, or are nested too deep, or it is too large.
+    """
+    try:
+        record = _sample_json(sample)
+        parse_json(record)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its annotations cannot be stored: {error}") from error
+    if too_large := over_bytes(len(record), bounds):
+        raise ValueError(f"its annotations: {too_large}")
 
 
 def _sample_json(sample: Sample) -> bytes:
@@ -256,54 +313,155 @@ def _sample_json(sample: Sample) -> bytes:
     }
     if sample.annotations:
         record["annotations"] = list(sample.annotations)
-    return json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def _read_tar(stream: _DigestingReader, location: str) -> Iterator[Sample]:
+def _read_tar(stream: _DigestingReader, location: str, bounds: BoundsSettings) -> Iterator[Sample]:
     """Pair each photo with its JSON, its neighbour; hold no more than one pair."""
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK) as tar:
-        pending: dict[str, bytes] = {}
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK, tarinfo=_PlainFile) as tar:
+        keys: set[str] = set()
+        pending = _Pair()
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps a record of all that it has read
-            key, _, extension = member.name.partition(".")
-            body = tar.extractfile(member)
-            if body is None:
-                raise ShardError(f"{location}: {member.name} is not a file; was this packed by freesolo?")
-            pending["json" if extension == "json" else "image"] = body.read()
-            previous = pending.setdefault("key", key.encode()).decode()
-            if previous != key:
-                raise ShardError(f"{location}: {previous} lacks its photo or its JSON; was this packed by freesolo?")
-            if "json" in pending and "image" in pending:
-                yield _parse_sample(key, pending["image"], pending["json"], location)
-                pending = {}
+            key, extension = _member_name(member.name)
+            if member.offset_data + member.size > stream.expected:  # tarfile would look for the next one out there
+                raise tarfile.ReadError(f"{member.name} declares {member.size} bytes, more than the shard has")
+            if pending.key not in ("", key) or key in keys:
+                raise ShardError(
+                    f"{location}: {pending.key or key} lacks its photo or its JSON, or is there twice; "
+                    "was this packed by freesolo?"
+                )
+            pending.key = key
+            pending.take(member, extension, tar, location, bounds)
+            if pending.record is not None and pending.has_photo:
+                keys.add(key)
+                yield _parse_sample(pending, location, bounds)
+                pending = _Pair()
 
 
-def _parse_sample(key: str, image: bytes, record: bytes, location: str) -> Sample:
+@dataclass(slots=True)
+class _Pair:
+    """What has been read of one sample."""
+
+    key: str = ""
+    record: bytes | None = None
+    photo: bytes = b""
+    has_photo: bool = False
+    error: str | None = None
+
+    def take(
+        self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, location: str, bounds: BoundsSettings
+    ) -> None:
+        """Read a member, unless it is too large to be."""
+        is_record = extension == "json"
+        if (self.record is not None) if is_record else self.has_photo:
+            raise ShardError(f"{location}: {self.key} has two {'records' if is_record else 'photos'}; was it altered?")
+        too_large = over_bytes(member.size, bounds)
+        if too_large and is_record:
+            raise ShardError(f"{location}: {self.key}.json: {too_large}")
+        body = tar.extractfile(member)
+        assert body is not None  # a regular file has one
+        data = b"" if too_large else body.read()
+        if is_record:
+            self.record = data
+        else:
+            self.photo, self.has_photo, self.error = data, True, too_large
+
+
+class _PlainFile(tarfile.TarInfo):
+    """A member's header, of a plain file: all that there is in a shard of ours.
+
+    tarfile itself would follow extended headers (PAX, GNU's long names, sparse files) to whatever size, depth and
+    place in the stream they say.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _PlainFile:
+        """Parse a header's block.
+
+        Raises:
+            tarfile.ReadError: A link, a device, a folder, an extended header, or a size below 0.
+        """
+        header = super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
+        if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header.size < 0:
+            raise tarfile.ReadError(f"{short(header.name)} is not a plain file; was this packed by freesolo?")
+        return header
+
+
+def _member_name(name: str) -> tuple[str, str]:
+    """Key and extension of a member that belongs to a sample.
+
+    Raises:
+        tarfile.ReadError: It does not: a path, perhaps.
+    """
+    match = _MEMBER_NAME.fullmatch(name)
+    if match is None:
+        raise tarfile.ReadError(f"{short(name)} is not a sample's name; was this packed by freesolo?")
+    return match[1], match[2]
+
+
+def over_bytes(size: int, bounds: BoundsSettings) -> str | None:
+    """Why a file of `size` bytes is too large to be read; None if it is not."""
+    if size <= bounds.max_sample_bytes:
+        return None
+    return f"{size} bytes are more than bounds.max_sample_bytes={bounds.max_sample_bytes} allows; raise it to read this"
+
+
+def over_pixels(height: int, width: int, bounds: BoundsSettings) -> str | None:
+    """Why a photo of this size is too large to be decoded; None if it is not."""
+    if height * width <= bounds.max_pixels:
+        return None
+    return (
+        f"{width} x {height} pixels are more than bounds.max_pixels={bounds.max_pixels} allows; raise it to read this"
+    )
+
+
+def _parse_sample(pair: _Pair, location: str, bounds: BoundsSettings) -> Sample:
     try:
-        raw = json.loads(record)
-        return Sample(
-            key=key,
-            image_bytes=image,
-            image_id=int(raw["image_id"]),
-            file_name=str(raw["file_name"]),
-            width=int(raw["width"]),
-            height=int(raw["height"]),
-            annotations=tuple(raw.get("annotations", ())),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{location}: {key}.json is damaged: {error!r}") from error
+        raw = parse_json(pair.record or b"")
+        if not isinstance(raw, dict) or not raw.keys() <= _RECORD.keys():
+            raise ValueError(f"it has more or other fields than {', '.join(_RECORD)}")
+        raw.setdefault("annotations", [])
+        for name, kind in _RECORD.items():
+            if name not in raw:
+                raise ValueError(f"it has no {name}")
+            if type(raw[name]) is not kind:
+                raise ValueError(f"{name} is not of type {kind.__name__}")
+        if not (0 <= raw["image_id"] < 2**63 and 1 <= raw["width"] < 2**31 and 1 <= raw["height"] < 2**31):
+            raise ValueError("image_id, width or height is out of range")
+        if not all(isinstance(annotation, dict) for annotation in raw["annotations"]):
+            raise ValueError("an annotation that is no object")
+    except ValueError as error:
+        raise ShardError(f"{location}: {pair.key}.json is damaged: {error!r}") from error
+    reason = pair.error or over_pixels(raw["height"], raw["width"], bounds)
+    return Sample(
+        key=pair.key,
+        image_bytes=b"" if reason else pair.photo,
+        image_id=raw["image_id"],
+        file_name=raw["file_name"],
+        width=raw["width"],
+        height=raw["height"],
+        annotations=tuple(raw["annotations"]),
+        error=reason,
+    )
 
 
 class _DigestingReader(io.RawIOBase):
-    """A stream that hashes what passes through it."""
+    """A stream that hashes what passes through it, and ends in an error where the file should have ended."""
 
-    def __init__(self, stream: files.ReadStream) -> None:
+    def __init__(self, stream: files.ReadStream, expected: int, location: str) -> None:
         self._stream = stream
         self._digest = hashlib.sha256()
+        self.expected = expected
+        self._left = expected
+        self._location = location
 
     def read(self, size: int = -1) -> bytes:
         data = self._stream.read(size)
         self._digest.update(data)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ShardError(f"{self._location}: longer than its manifest says: altered since it was packed")
         return data
 
     def drain(self) -> None:

@@ -7,6 +7,7 @@ relative names, so that the same folder gives the same ids wherever it lies.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 from freesolo.data import files
+from freesolo.data.documents import short
 from freesolo.data.shards import SkippedPhoto
 from freesolo.errors import UsageError
 
@@ -133,9 +135,9 @@ def _from_coco(url: str, images: str | None) -> PhotoCollection:
         raise UsageError(f"{url}: no images in it")
     try:
         annotations, strays = _annotations_by_image(document)
-        folder = images if images is not None else _image_folder(url, str(records[0]["file_name"]))
+        folder = images if images is not None else _image_folder(url, _inside(records[0]["file_name"]))
         photos = [_coco_photo(record, folder, annotations) for record in records]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{url}: not COCO's form: {error!r}; see https://cocodataset.org/#format-data") from error
     photos.sort(key=lambda photo: photo.image_id)
     for previous, photo in pairwise(photos):
@@ -145,15 +147,16 @@ def _from_coco(url: str, images: str | None) -> PhotoCollection:
         name=url,
         photos=tuple(photos),
         annotated="annotations" in document,
-        categories=tuple(document.get("categories", ())),
+        categories=tuple(document.get("categories", [])),
         skipped=tuple(strays),
     )
 
 
 def _read_coco(url: str) -> dict[str, Any]:
     try:
-        document = json.loads(files.read_bytes(url))
-    except ValueError as error:
+        # Not documents.parse_json, whose care with each number and key would double the minute that COCO's own takes.
+        document = json.loads(files.read_bytes(url).decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{url}: not valid JSON: {error}") from error
     if not isinstance(document, dict) or not isinstance(document.get("images"), list):
         raise UsageError(f"{url}: not a COCO JSON: it has no list of images")
@@ -163,11 +166,13 @@ def _read_coco(url: str) -> dict[str, Any]:
 def _annotations_by_image(document: dict[str, Any]) -> tuple[dict[int, list[dict[str, Any]]], list[SkippedPhoto]]:
     """Annotations of each image, in the file's order, and those of images that are not there."""
     known = {record["id"] for record in document["images"]}
-    categories = {category["id"] for category in document.get("categories", ())}
+    categories = _category_ids(document.get("categories", []))
     seen: set[object] = set()
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     strays: list[SkippedPhoto] = []
-    for annotation in document.get("annotations", ()):
+    for annotation in document.get("annotations", []):
+        if not isinstance(annotation, dict):
+            raise TypeError("an annotation that is no object")
         number, image_id = annotation["id"], annotation["image_id"]
         if number in seen:
             raise ValueError(f"annotation id {number} is used twice")
@@ -183,12 +188,39 @@ def _annotations_by_image(document: dict[str, Any]) -> tuple[dict[int, list[dict
 
 def _coco_photo(record: dict[str, Any], folder: str, annotations: dict[int, list[dict[str, Any]]]) -> PhotoSource:
     image_id, file_name = record["id"], record["file_name"]
-    if not isinstance(image_id, int) or image_id < 0:
-        raise ValueError(f"image id {image_id!r} is not a number from 0")
-    size = (int(record["height"]), int(record["width"])) if "height" in record and "width" in record else None
+    if type(image_id) is not int or not 0 <= image_id < 2**63:
+        raise ValueError(f"image id {short(image_id)} is not a number from 0")
+    size = (record["height"], record["width"]) if "height" in record and "width" in record else None
+    if size is not None and not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f"image {image_id} has height and width {short(size)}")
     return PhotoSource(
-        files.join(folder, file_name), str(file_name), image_id, size, tuple(annotations.get(image_id, ()))
+        files.join(folder, _inside(file_name)), file_name, image_id, size, tuple(annotations.get(image_id, ()))
     )
+
+
+def _inside(file_name: object) -> str:
+    """A photo's name that stays in the folder of photos: a COCO JSON from elsewhere must not choose what is read."""
+    if not isinstance(file_name, str) or any(unicodedata.category(each) in ("Cc", "Cs") for each in file_name):
+        raise ValueError(f"file name {short(file_name)} is not text without control characters")
+    if not file_name or file_name.startswith("/") or "::" in file_name or "://" in file_name:
+        raise ValueError(f"file name {short(file_name)} is not relative to the folder of the photos")
+    if ".." in file_name.split("/"):
+        raise ValueError(f"file name {short(file_name)} leads out of the folder of the photos")
+    return file_name
+
+
+def _category_ids(categories: object) -> set[int]:
+    if not isinstance(categories, list) or not all(isinstance(category, dict) for category in categories):
+        raise TypeError("categories are not a list of objects")
+    ids = {category["id"] for category in categories}
+    if not all(type(each) is int for each in ids) or len(ids) != len(categories):
+        raise ValueError("category ids are not whole numbers that differ from one another")
+    json.dumps(categories, ensure_ascii=False, allow_nan=False).encode()  # the manifest will have to
+    return ids
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
 
 
 def _image_folder(url: str, first: str) -> str:

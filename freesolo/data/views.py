@@ -93,7 +93,11 @@ class ContrastiveView:
         # Decoding at a reduced size is exact enough when a crop of the smallest scale still has `size` pixels a side.
         smallest_crop_side = self.settings.crop_scale[0] ** 0.5
         try:
-            image = decode_photo(sample.image_bytes, min_short_side=round(self.settings.size / smallest_crop_side))
+            image = decode_photo(
+                sample.image_bytes,
+                min_short_side=round(self.settings.size / smallest_crop_side),
+                size=(sample.height, sample.width),
+            )
         except PhotoError as error:
             return {"key": sample.key, "error": str(error)}
         size, scale = self.settings.size, self.settings.crop_scale
@@ -154,11 +158,16 @@ class SegmentationView:
         short_side = int(random.choice(self.settings.short_sides))
         flip = random.random() < self.settings.flip_probability
         try:
-            image = decode_photo(sample.image_bytes, min_short_side=short_side)
+            image = decode_photo(sample.image_bytes, min_short_side=short_side, size=(sample.height, sample.width))
         except PhotoError as error:
             return {"key": sample.key, "error": str(error)}
         if labels.error:
             return {"key": sample.key, "error": f"unreadable when labelled: {labels.error}"}
+        if any(each.embedding.size not in (0, self.embedding_channels) for each in labels.instances):
+            return {
+                "key": sample.key,
+                "error": f"its labels' embeddings do not have {self.embedding_channels} channels",
+            }
         height, width = resized_size(sample.height, sample.width, short_side, self.settings.long_side_max)
         pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
         masks = self._masks(labels, height, width)
@@ -200,8 +209,12 @@ class SegmentationView:
         return SegmentationBatch(batch, instances)
 
     def _masks(self, labels: ImageLabels, height: int, width: int) -> Bool[Tensor, "N H W"]:
-        masks = decode_rle([instance.rle for instance in labels.instances], labels.height, labels.width)
-        return resize_masks_soft(masks.float(), height, width) > 0.5
+        resized = torch.zeros(len(labels.instances), height, width, dtype=torch.bool)
+        # One at a time: a hundred masks of a large photo, as floats, would take tens of gigabytes.
+        for row, instance in zip(resized, labels.instances, strict=True):
+            mask = decode_rle([instance.rle], labels.height, labels.width)
+            row[:] = (resize_masks_soft(mask.float(), height, width) > 0.5)[0]
+        return resized
 
     def _embedding(self, embedding: np.ndarray) -> np.ndarray:
         return embedding if embedding.size else np.zeros(self.embedding_channels, np.float16)

@@ -22,10 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from freesolo.data.labels import ImageLabels, LabelledInstance
-from freesolo.data.photos import PhotoError, decode_photo, photo_size
+from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import Sample, ShardError, ShardInfo, read_shard, shard_index
 from freesolo.ops.images import resized_size
 from freesolo.ops.masks import boxes_xywh, encode_rle
+from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
 # Photos of rare sizes wait for company while this many batches' worth of photos are waiting in all; then the largest
 # group goes as it is. It bounds the memory of reading a shard, whatever sizes its photos have: 40 MB of COCO's photos
@@ -42,12 +43,14 @@ class BatchPlan:
         long_side_max: Where the long side would be longer, it is made this instead.
         batch_size: Most photos of a forward pass.
         size_divisor: Heights and widths are padded to multiples of this; 1: photos that share a batch have one size.
+        bounds: A larger photo is an unreadable one.
     """
 
     short_side: int
     long_side_max: int
     batch_size: int
     size_divisor: int = 1
+    bounds: BoundsSettings = DEFAULT_BOUNDS
 
     def resized(self, labels: ImageLabels) -> tuple[int, int]:
         """Height and width to which a photo is resized."""
@@ -131,9 +134,7 @@ def read_batches(dataset_url: str, shard: ShardInfo, plan: BatchPlan) -> Iterato
     def photos() -> Iterator[EncodedPhoto]:
         nonlocal count, lost_because
         try:
-            for sample in read_shard(dataset_url, shard):
-                if count == shard.samples:
-                    raise ShardError(f"{dataset_url}: {shard.name} has more than its {shard.samples} samples: altered")
+            for sample in read_shard(dataset_url, shard, bounds=plan.bounds):
                 yield EncodedPhoto(Entry(count, _unlabelled(sample)), sample.image_bytes)
                 count += 1
         except ShardError as error:
@@ -202,9 +203,9 @@ def _decode(photo: EncodedPhoto, height: int, width: int) -> UInt8[np.ndarray, "
         PhotoError: It cannot be read, or is not of the size that its record says: its masks would not fit it.
     """
     labels = photo.entry.labels
-    if photo_size(photo.data) != (labels.height, labels.width):
-        raise PhotoError(f"is not of the size of its record, {labels.width} x {labels.height}")
-    image = decode_photo(photo.data, min_short_side=min(height, width))
+    if labels.error is not None:
+        raise PhotoError(labels.error)
+    image = decode_photo(photo.data, min_short_side=min(height, width), size=(labels.height, labels.width))
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
@@ -250,7 +251,7 @@ def _unlabelled(sample: Sample) -> ImageLabels:
         file_name=sample.file_name,
         width=sample.width,
         height=sample.height,
-        error=None,
+        error=sample.error,
         instances=(),
     )
 

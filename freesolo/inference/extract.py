@@ -70,7 +70,9 @@ def free_mask_labelling(job: ExtractJob, *, storage: str) -> LabellingJob:
         dataset=dataset,
         labels_url=job.labels,
         plan=plan,
-        batches=BatchPlan(settings.free_mask.short_side, settings.free_mask.long_side_max, settings.batch_size),
+        batches=BatchPlan(
+            settings.free_mask.short_side, settings.free_mask.long_side_max, settings.batch_size, bounds=job.bounds
+        ),
         pool=ModelPool(partial(FreeMaskLabeller, settings), backbone_state_dict(backbone), job.resources),
         max_bad_samples=settings.max_bad_samples,
     )

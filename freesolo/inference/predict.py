@@ -84,7 +84,9 @@ def prediction_labelling(
         dataset=dataset,
         labels_url=job.labels,
         plan=plan,
-        batches=BatchPlan(settings.short_side, settings.long_side_max, settings.batch_size, INPUT_DIVISOR),
+        batches=BatchPlan(
+            settings.short_side, settings.long_side_max, settings.batch_size, INPUT_DIVISOR, bounds=job.bounds
+        ),
         pool=ModelPool(partial(SoloLabeller, settings, replace(model, state_dict={})), model.state_dict, job.resources),
         max_bad_samples=settings.max_bad_samples,
     )

@@ -148,8 +148,8 @@ def _receive(response: http.client.HTTPResponse, part: Path, progress: Progress 
     if start is None or start > _size(part):
         _discard(part)
         raise _InterruptedError("the server continued the file at another place than asked")
-    length = response.headers.get("Content-Length")
-    total = start + int(length) if length is not None else None
+    length = response.headers.get("Content-Length", "")
+    total = start + int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
     _remember_version(response, part)
     with part.open("r+b" if start else "wb") as file:
         file.seek(start)

@@ -13,18 +13,18 @@ Written by `torch.save`; reading it executes nothing. Readers that know nothing 
 from __future__ import annotations
 
 import json
-import pickle
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from freesolo.errors import UsageError
 from freesolo.models.download import sha256_of_file
+from freesolo.models.torch_file import read_torch_file
 
 FORMAT_VERSION = 1
 Kind = Literal["backbone", "segmenter"]
@@ -104,11 +104,12 @@ def load_model(path: Path, kind: Kind | None = None, *, backbone: str | None = N
     """
     content = _read(path)
     version = content["format_version"]
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UsageError(
-            f"{path}: a model file of format {version}, this version of freesolo reads format {FORMAT_VERSION}: "
+            f"{path}: a model file of format {version!r:.40}, this version of freesolo reads format {FORMAT_VERSION}: "
             "use the version that wrote it, or a newer one"
         )
+    _check_fields(path, content)
     if kind is not None and content["kind"] != kind:
         raise UsageError(f"{path}: holds a {content['kind']}, and a {kind} is needed here")
     found = content["settings"].get("backbone")
@@ -127,13 +128,30 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{path}: no such model file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"{path}: cannot be read as a model file: {reason}") from error
+        content = read_torch_file(path)
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot be read as a model file: {error}") from error
     if not isinstance(content, dict) or not set(_KEYS) <= set(content):
         raise UsageError(
             f"{path}: a checkpoint, but not a model file of freesolo (it lacks kind and settings); published "
             "backbones are read where a configuration asks for weights of a backbone"
         )
     return content
+
+
+def _check_fields(path: Path, content: Mapping[str, Any]) -> None:
+    """What the format's head at the top says of each field, whoever wrote the file."""
+    if not isinstance(content["kind"], str) or content["kind"] not in get_args(Kind):
+        raise UsageError(f"{path}: holds a {content['kind']!r:.40}, which this version of freesolo does not know")
+    for name in ("settings", "lineage"):
+        try:
+            if not isinstance(content[name], dict):
+                raise TypeError(f"it is a {type(content[name]).__name__}")
+            json.dumps(content[name], allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: a damaged model file: {name} is not plain JSON: {error}") from error
+    state = content["state_dict"]
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise UsageError(f"{path}: a damaged model file: state_dict is not tensors by name")

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 from freesolo.errors import JobError, UsageError
 from freesolo.models.download import Progress, RetryPolicy, download, sha256_of_file
 from freesolo.models.resnet import ResNet
+from freesolo.models.torch_file import read_torch_file
 from freesolo.settings import Backbone
 
 _WRAPPERS = ("", "module.", "model.", "module.model.", "_orig_mod.")
@@ -115,7 +114,7 @@ class LoadReport:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, out of its `state_dict` or `model` wrapper, on the CPU.
 
-    Nothing in the file is executed: it is read by `torch.load(weights_only=True)`.
+    Nothing in the file is executed (`freesolo.models.torch_file`).
 
     Raises:
         UsageError: There is no such file, or it is no checkpoint, or holds more than tensors and plain values.
@@ -123,10 +122,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UsageError(f"{path}: no such weights file")
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"{path}: cannot be read as a torch checkpoint of plain tensors: {reason}") from error
+        loaded = read_torch_file(path)
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot be read as a torch checkpoint of plain tensors: {error}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
@@ -233,9 +231,18 @@ def pull(
 
 
 def recorded_sha256(path: Path) -> str | None:
-    """The checksum that `pull` wrote beside a file; None if it never did."""
+    """The checksum that `pull` wrote beside a file; None if it never did.
+
+    Raises:
+        JobError: What is there is no checksum.
+    """
     record = _record_file(path)
-    return record.read_text(encoding="utf-8").split()[0] if record.exists() else None
+    if not record.exists():
+        return None
+    words = record.read_text(encoding="utf-8", errors="replace").split()
+    if not words or not re.fullmatch(r"[0-9a-f]{64}", words[0]):
+        raise JobError(f"{record}: holds no sha256; delete it, and {path.name}, to fetch that again")
+    return words[0]
 
 
 def _record_file(path: Path) -> Path:
@@ -267,7 +274,7 @@ def _agreed_checksum(name: str, asked: str | None, stated: str | None) -> str | 
 
 def _file_name(url: str) -> str:
     name = PurePosixPath(unquote(urlsplit(url).path)).name
-    if not name:
+    if name in ("", ".."):
         raise UsageError(f"{url}: names no file")
     return name
 

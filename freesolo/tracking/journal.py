@@ -147,7 +147,7 @@ def read_journal(run_url: str) -> list[Entry]:
     for number, line in enumerate(read_bytes(url).splitlines(), start=1):
         try:
             entries.append(_parse(line))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise JobError(f"{url}: line {number} is not a journal entry; restore the file or delete it") from error
     return entries
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from freesolo.data.documents import canonical_digest
+from freesolo.data.documents import canonical_digest, parse_json
 from freesolo.data.order import StreamState
 from freesolo.errors import JobError, UsageError
 from freesolo.models.download import sha256_of_file
+from freesolo.models.torch_file import read_torch_file
 from freesolo.settings import Settings
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress
@@ -62,10 +63,13 @@ def load_checkpoint(folder: Path, learner: Learner) -> Progress:
         UsageError: The checkpoint is of another architecture or of another format.
     """
     record = _read_record(folder)
-    state = torch.load(folder / _WEIGHTS, map_location=learner.device, weights_only=True)
+    try:
+        state = read_torch_file(folder / _WEIGHTS, device=learner.device)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"checkpoint {folder}: {_WEIGHTS} cannot be read: {error}") from error
     try:
         learner.load_state_dict(state)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         first = str(error).split("\n")[1 if "\n" in str(error) else 0].strip()
         raise UsageError(f"checkpoint {folder}: of another architecture than this run's settings: {first}") from error
     return Progress(record["step"], StreamState.from_json(record["stream"]), record["bad_samples"])
@@ -74,9 +78,9 @@ def load_checkpoint(folder: Path, learner: Learner) -> Progress:
 def _read_record(folder: Path) -> dict[str, Any]:
     """`progress.json`, when it and what it names are as they were saved."""
     try:
-        record: dict[str, Any] = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+        record: dict[str, Any] = parse_json((folder / _PROGRESS).read_bytes())
         version, digest = record["format_version"], record.pop("digest", None)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpointError(f"checkpoint {folder}: {_PROGRESS} cannot be read ({error})") from error
     if version != FORMAT_VERSION:
         raise UsageError(
@@ -85,9 +89,22 @@ def _read_record(folder: Path) -> dict[str, Any]:
         )
     if digest != canonical_digest(record):
         raise DamagedCheckpointError(f"checkpoint {folder}: {_PROGRESS} was altered")
+    _check_fields(folder, record)
     for name, sha256 in record["sha256"].items():
         if not (folder / name).is_file():
             raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing")
         if sha256_of_file(folder / name) != sha256:
             raise DamagedCheckpointError(f"checkpoint {folder}: {name} is not what was saved: cut short or altered")
     return record
+
+
+def _check_fields(folder: Path, record: dict[str, Any]) -> None:
+    """See that what a run goes on from is what `save_checkpoint` writes, however its digest came to be right."""
+    counts = [record.get("step"), record.get("bad_samples")]
+    try:
+        StreamState.from_json(record["stream"])
+        whole = all(type(count) is int and count >= 0 for count in counts) and record["sha256"].keys() == {_WEIGHTS}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise DamagedCheckpointError(f"checkpoint {folder}: {_PROGRESS} is not what this freesolo writes")

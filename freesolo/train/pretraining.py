@@ -108,6 +108,7 @@ def _build(
         batch_size=settings.loop.batch_size,
         accumulation_steps=settings.loop.accumulation_steps,
         prefetch_batches=settings.stream.prefetch_batches,
+        bounds=job.bounds,
     )
     task = DenseCLTraining(model, settings.views)
     learner = Learner(task, settings.loop, settings.optimizer, device)

@@ -146,6 +146,7 @@ def _build(
         batch_size=settings.loop.batch_size,
         accumulation_steps=settings.loop.accumulation_steps,
         prefetch_batches=settings.stream.prefetch_batches,
+        bounds=job.bounds,
     )
     return Training(
         learner=Learner(SoloTraining(task, settings.views), settings.loop, settings.optimizer, device),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -30,7 +31,7 @@ from freesolo.data.shards import DatasetManifest, Sample, read_shard, shard_name
 from freesolo.data.views import ContrastiveView, SegmentationView, View
 from freesolo.errors import JobError
 from freesolo.ops.masks import Rle
-from freesolo.settings import SegmentationViewSettings, ViewSettings
+from freesolo.settings import BoundsSettings, SegmentationViewSettings, ViewSettings
 from freesolo.types import SegmentationBatch
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "ray_data")
@@ -248,6 +249,14 @@ def drop_the_last_record(file: Path) -> None:
     pq.write_table(pq.read_table(file)[:-1], file)
 
 
+def reshape_the_last_record(file: Path) -> None:
+    """As many pixels, otherwise arranged: the masks fit the record, and not the photo."""
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    rows[-1] |= {"width": 2 * SIDE, "height": SIDE // 2}
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something wrong with shard 0, which has images 0 to 4.
@@ -273,6 +282,7 @@ FAULTS = {
     "shard altered": Fault(turn_a_bit, False, (0, 1, 2, 3, 4), "shard-000000.tar: its sha256 is not the manifest's"),
     "labels gone": Fault(Path.unlink, True, (0, 1, 2, 3, 4), "shard-000000.parquet: the label file is missing"),
     "labels cut short": Fault(cut, True, (0, 1, 2, 3, 4), "shard-000000.parquet: "),
+    "a record of another size": Fault(reshape_the_last_record, True, (4,), "k04 is 64 x 16 pixels in shard-000000"),
     "a record gone": Fault(drop_the_last_record, True, (4,), "k04 has no record in shard-000000"),
 }
 
@@ -295,6 +305,21 @@ def test_an_unreadable_photo_is_named_and_replaced(tmp_path: Path) -> None:
     assert bad.key == key(7)
     assert set(batch.content.image_ids) == set(range(SAMPLES)) - {7}
     assert len(batch.content) == SAMPLES
+
+
+def test_samples_over_the_bounds_are_bad_ones(tmp_path: Path) -> None:
+    whole = store(tmp_path)
+    bounds = BoundsSettings(max_pixels=SIDE * SIDE - 1)
+    stream = replace(whole.stream(SegmentationView(WEAK, CHANNELS), SAMPLES), bounds=bounds)
+    told = r"first: \?: k\d\d: 32 x 32 pixels are more than bounds\.max_pixels=1023 allows"
+    with pytest.raises(JobError, match=f"no usable sample in a batch; {told}"):
+        list(stream.batches(StreamState(), steps=1))
+
+
+def test_labels_of_other_channels_than_the_models_are_named(tmp_path: Path) -> None:
+    stream = store(tmp_path).stream(SegmentationView(WEAK, CHANNELS + 1), SAMPLES)
+    (batch,) = stream.batches(StreamState(), steps=1)
+    assert {bad.reason for bad in batch.bad} == {f"its labels' embeddings do not have {CHANNELS + 1} channels"}
 
 
 def test_a_batch_without_a_usable_sample_stops_the_stream(tmp_path: Path) -> None:

@@ -173,3 +173,50 @@ def test_fewer_workers_make_more_passes_of_no_more_rows(workers: int, passes: in
     assert loop.accumulation_with(workers, 8) == passes
     assert 48 % (workers * passes) == 0
     assert 48 // (workers * passes) <= 3
+
+
+def refused(tmp_path: Path, text: str, *overrides: str) -> str:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_config(TrainJob, path, overrides)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "aliases (*name) are not read in a configuration"),
+        ("dataset: a\ndataset: b\n", "a setting is there twice"),
+        ("train: {loop: {steps: 1, steps: 2}}\n", "a setting is there twice"),
+        ("a: " + "[" * 2000, "nested more than 32 deep"),
+        ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
+        ("train: {loop: {steps: " + "1" * 5000 + "}}\n", "Exceeds the limit"),
+        ("a: 2001-99-99\n", "month must be in 1..12"),
+        ("2001-01-01: a\n", "the names of settings are words"),
+        ("a: \x01\n", "not valid YAML"),
+        ("- a\n", "must be a mapping of settings"),
+        ("dataset: d\ntrain: {loop: {steps: 1, batch_size: 1}, losses: {dice: .nan}}\n", "train.losses.dice=nan"),
+        ("dataset: d\ntrain: {loop: {steps: 1, batch_size: 1}, losses: {dice: .inf}}\n", "train.losses.dice=inf"),
+        ("dataset: d\ntrain: {loop: {steps: 1, batch_size: 1}}\nbounds: {max_pixels: 1e12}\n", "bounds.max_pixels"),
+        (f"dataset: [{'x' * 3000}]\n", "dataset"),
+    ],
+)
+def test_a_configuration_of_a_bad_actor_is_refused_in_one_line(tmp_path: Path, text: str, complaint: str) -> None:
+    assert complaint in refused(tmp_path, text)
+
+
+@pytest.mark.parametrize("value", ["[" * 100, "*a", "&a x", "2001-99-99", "1" * 5000])
+def test_so_is_an_override(tmp_path: Path, value: str) -> None:
+    text = "dataset: d\ntrain: {loop: {steps: 1, batch_size: 1}}\n"
+    refused(tmp_path, text, f"train.loop.steps={value}")
+
+
+def test_bounds_have_one_place_for_every_job(tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text("dataset: d\ntrain: {loop: {steps: 1, batch_size: 1}}\n", encoding="utf-8")
+    assert load_config(TrainJob, path).bounds.max_pixels == 128_000_000
+    job = load_config(TrainJob, path, ["bounds.max_pixels=200000000", "bounds.max_sample_bytes=1000"])
+    assert (job.bounds.max_pixels, job.bounds.max_sample_bytes) == (200_000_000, 1000)

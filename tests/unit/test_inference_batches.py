@@ -29,7 +29,7 @@ from freesolo.inference.batches import (
 from freesolo.inference.pipeline import plan_settings
 from freesolo.inference.pool import DECODE_CPUS, READ_CPUS, reader_count
 from freesolo.ops.masks import decode_rle
-from freesolo.settings import ExtractSettings, PredictSettings, ResourceSettings
+from freesolo.settings import BoundsSettings, ExtractSettings, PredictSettings, ResourceSettings
 
 PLAN = BatchPlan(short_side=32, long_side_max=64, batch_size=3)
 
@@ -181,6 +181,17 @@ def test_a_shard_is_read_whole(tmp_path: Path) -> None:
     assert not any(batch.lost for batch in batches)
 
 
+def test_a_sample_over_the_bounds_is_an_unreadable_one(tmp_path: Path) -> None:
+    shard = write_photos(tmp_path, 4)
+    (batch,) = read_batches(str(tmp_path), shard, BatchPlan(8, 16, 8, 8, bounds=BoundsSettings(max_pixels=16 * 8)))
+    decoded = decode_batch(batch, BatchPlan(8, 16, 8, 8))
+    assert [entry.index for entry in decoded.readable] == [0, 2]
+    assert [(entry.index, entry.labels.key) for entry in decoded.unreadable] == [(1, "k1"), (3, "k3")]
+    assert str(decoded.unreadable[0].labels.error).startswith(
+        "16 x 9 pixels are more than bounds.max_pixels=128 allows"
+    )
+
+
 def test_an_empty_shard_has_no_batches(tmp_path: Path) -> None:
     assert list(read_batches(str(tmp_path), write_photos(tmp_path, 0), PLAN)) == []
 
@@ -225,7 +236,7 @@ def test_an_altered_shard_is_refused_before_its_last_batch(tmp_path: Path) -> No
 def test_a_shard_with_more_samples_than_its_manifest_says_is_refused(tmp_path: Path) -> None:
     shard = write_photos(tmp_path, 6)
 
-    with pytest.raises(ShardError, match="more than its 5"):
+    with pytest.raises(ShardError, match="more than the 5 samples"):
         list(read_batches(str(tmp_path), replace(shard, samples=5), PLAN))
 
 

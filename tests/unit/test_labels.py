@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pycocotools import mask as coco_mask
 
 from freesolo.data import files
 from freesolo.data.labels import (
@@ -32,7 +33,7 @@ from freesolo.data.labels import (
 from freesolo.data.shards import DatasetManifest, ShardInfo, shard_name
 from freesolo.errors import JobError, UsageError
 
-DATASET = DatasetManifest(1, tuple(ShardInfo(shard_name(i), 3, 10, f"{i}") for i in range(2)), False, (), ())
+DATASET = DatasetManifest(1, tuple(ShardInfo(shard_name(i), 3, 10, 64 * f"{i}") for i in range(2)), False, (), ())
 PLAN = LabelPlan(
     dataset_digest=DATASET.digest,
     dataset_url="s3://photos/set",
@@ -43,11 +44,17 @@ PLAN = LabelPlan(
 )
 
 
+def counts(seed: int) -> str:
+    """A mask of 6 x 8 pixels, another for each seed."""
+    pixels = np.array([seed >> bit & 1 for bit in range(48)], np.uint8).reshape(6, 8)
+    return coco_mask.encode(np.asfortranarray(pixels))["counts"].decode()
+
+
 def instance(seed: int, channels: int = 4) -> LabelledInstance:
     random = np.random.default_rng(seed)
     return LabelledInstance(
         mask_id=0,
-        rle={"size": [6, 8], "counts": f"0{seed}abc"},
+        rle={"size": [6, 8], "counts": counts(seed)},
         bbox_xywh=(0.5, 1.0, float(seed), 2.25),
         score=float(random.random()),
         category_id=seed % 2,
@@ -86,7 +93,7 @@ def test_labels_come_back_as_they_went_in(place: str, tmp_path: Path) -> None:
     first, original = read[0].instances[0], records()[0].instances[0]
     assert first.embedding.dtype == np.float16
     np.testing.assert_array_equal(first.embedding, original.embedding)
-    assert first.rle == {"size": [6, 8], "counts": "00abc"}
+    assert first.rle == {"size": [6, 8], "counts": counts(0)}
     assert (first.bbox_xywh, first.score, first.category_id) == ((0.5, 1.0, 0.0, 2.25), original.score, 0)
     assert read[1].instances == ()
     assert read[2].error == "truncated JPEG"
@@ -105,7 +112,7 @@ def test_a_difference_anywhere_is_a_difference() -> None:
         replace(one, embedding=one.embedding + np.float16(1)),
     ):
         assert changed != one
-    assert replace(one, rle={"size": (6, 8), "counts": b"01abc"}) == one
+    assert replace(one, rle={"size": (6, 8), "counts": counts(1).encode()}) == one
     assert one != "something else"
 
 
@@ -148,7 +155,7 @@ def test_mask_ids_are_unique_and_tell_their_shard(url: str) -> None:
 def test_other_tools_read_the_file(url: str) -> None:
     write_label_file(url, "shard-000000", records())
     rows = pq.read_table(Path(url, "shard-000000.parquet")).to_pylist()
-    assert rows[0]["instances"][1]["counts"] == "01abc"
+    assert rows[0]["instances"][1]["counts"] == counts(1)
     assert rows[0]["instances"][1]["bbox_xywh"] == [0.5, 1.0, 1.0, 2.25]
     assert rows[2]["error"] == "truncated JPEG"
 
@@ -178,7 +185,7 @@ def test_a_whole_label_set(url: str) -> None:
 def test_digest_follows_content_and_plan(url: str) -> None:
     manifest = whole(url)
     assert read_label_manifest(url).digest == manifest.digest
-    assert replace(manifest, plan=replace(PLAN, parent="ab")).digest != manifest.digest
+    assert replace(manifest, plan=replace(PLAN, parent=64 * "b")).digest != manifest.digest
     assert replace(manifest, files=manifest.files[:1]).digest != manifest.digest
 
 
@@ -302,3 +309,117 @@ def test_a_newer_format_is_refused(url: str) -> None:
 def test_a_label_set_that_was_not_begun_cannot_be_finished(url: str) -> None:
     with pytest.raises(UsageError, match="no label set was begun there"):
         finish_label_set(url, DATASET)
+
+
+# --- label files of bad actors --------------------------------------------------------------------------------------
+
+
+def rows(**changes: object) -> dict[str, object]:
+    """One image with one instance, as a row of the parquet; a change of an instance's field begins with `i_`."""
+    found = {
+        "mask_id": 1,
+        "counts": counts(5),
+        "bbox_xywh": [0.0, 0.0, 2.0, 2.0],
+        "score": 0.5,
+        "category_id": 0,
+        "embedding": [np.float16(1)],
+    }
+    found |= {name.removeprefix("i_"): value for name, value in changes.items() if name.startswith("i_")}
+    row = {
+        "key": "1",
+        "image_id": 1,
+        "file_name": "1.jpg",
+        "width": 8,
+        "height": 6,
+        "error": None,
+        "instances": [found],
+    }
+    return row | {name: value for name, value in changes.items() if not name.startswith("i_")}
+
+
+def read_rows(url: str, *images: dict[str, object]) -> list[ImageLabels]:
+    write_label_file(url, "shard-000000", records())
+    path = Path(url, "shard-000000.parquet")
+    pq.write_table(pa.Table.from_pylist(list(images), schema=pq.read_schema(path)), path)
+    return read_label_file(url, "shard-000000")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"key": None}, "image None has no key"),
+        ({"width": None}, "image 1 has no width"),
+        ({"width": 0}, "image 1 is 0 x 6 pixels"),
+        ({"width": -8}, "image 1 is -8 x 6 pixels"),
+        ({"width": 2**31 - 1, "height": 2**31 - 1}, "image 1 is 2147483647 x 2147483647 pixels"),
+        ({"width": 9}, "run-length encoding 0 does not add up to the pixels"),
+        ({"error": "unreadable"}, "image 1 has 1 instances: unreadable"),
+        ({"instances": None}, "a value of an instance is missing"),
+        ({"instances": [None]}, "a value of an instance is missing"),
+        ({"instances": rows()["instances"] * 1001}, "image 1 has 1001 instances: more than 1000"),
+        ({"i_counts": None}, "a value of an instance is missing"),
+        ({"i_counts": "oooo"}, "run-length encoding 0 breaks off"),
+        ({"i_counts": ""}, "run-length encoding 0 is empty"),
+        ({"i_score": None}, "a value of an instance is missing"),
+        ({"i_score": float("nan")}, "a score that is not in"),
+        ({"i_score": 1.5}, "a score that is not in"),
+        ({"i_bbox_xywh": [1.0, 2.0, 3.0]}, "a box that is not four numbers"),
+        ({"i_bbox_xywh": [1.0, 2.0, 3.0, None]}, "a value of an instance is missing"),
+        ({"i_bbox_xywh": [1.0, 2.0, 3.0, float("inf")]}, "a box or an embedding that is not finite"),
+        ({"i_category_id": -1}, "a category or a mask id below 0"),
+        ({"i_embedding": [np.float16("nan")]}, "a box or an embedding that is not finite"),
+        ({"i_embedding": None}, "a value of an instance is missing"),
+    ],
+)
+def test_a_value_that_no_writer_writes_is_damage(url: str, changes: dict[str, object], complaint: str) -> None:
+    assert len(read_rows(url, rows())[0].instances) == 1
+    with pytest.raises(LabelFileError, match=rf"shard-000000\.parquet: a damaged label file \(.*{complaint}"):
+        read_rows(url, rows(**changes))
+
+
+def test_so_are_values_that_contradict_one_another(url: str) -> None:
+    with pytest.raises(LabelFileError, match="image 1 is there twice"):
+        read_rows(url, rows(), rows())
+    with pytest.raises(LabelFileError, match="embeddings of several lengths"):
+        read_rows(url, rows(), rows(key="2", i_embedding=[np.float16(1)] * 2))
+
+
+@pytest.mark.parametrize("bomb", ["rows", "instances", "texts"])
+def test_a_small_file_that_becomes_large_is_refused(url: str, bomb: str) -> None:
+    write_label_file(url, "shard-000000", records())
+    path = Path(url, "shard-000000.parquet")
+    schema = pq.read_schema(path)
+    one, times = {
+        "rows": (rows(instances=[]), 2_000_000),
+        "instances": (rows(instances=rows()["instances"] * 1000), 700),
+        "texts": (rows(file_name="x" * 2**20), 100),
+    }[bomb]
+    table = pa.Table.from_pylist([one], schema=schema).take(pa.array(np.zeros(times, int)))
+    pq.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 2**21
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("freesolo.data.label_table.MAX_DECODED_BYTES", 2**25)
+        with pytest.raises(LabelFileError, match=r"it would take \d+ bytes of memory, more than \d+; use smaller"):
+            read_label_file(url, "shard-000000")
+
+
+MANIFEST = LabelManifest(1, PLAN, (LabelFile("shard-000000", 3, 4, 1, 99, 64 * "a"),)).to_json()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('"name": "shard-000000"', '"name": "../shard-000000"', r"files\.0\.name: string should match"),
+        ('"images": 3,\n   "instances": 4', '"images": -3,\n   "instances": 4', r"files\.0\.images"),
+        ('"unreadable": 1\n', '"unreadable": 2\n', "its totals are"),
+        ('"kind": "free-masks"', '"kind": "virus"', r"plan\.kind: input should be"),
+        ('"parent": null', '"parent": "x"', r"plan\.parent: string should match"),
+        ('"dataset_url": "s3://photos/set"', '"dataset_url": 5', r"plan\.dataset_url: input should be a valid string"),
+        ('"settings": {', '"settings": null, "unknown": {', r"plan\.settings"),
+    ],
+)
+def test_a_manifest_is_read_strictly(old: str, new: str, complaint: str) -> None:
+    assert LabelManifest.from_json(MANIFEST).plan.kind == "free-masks"
+    assert old in MANIFEST
+    with pytest.raises(UsageError, match=f"a damaged manifest: .*{complaint}.*; make the label set again"):
+        LabelManifest.from_json(MANIFEST.replace(old, new, 1))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from pycocotools import mask as coco_mask
 
 from freesolo.ops.masks import (
@@ -12,6 +13,7 @@ from freesolo.ops.masks import (
     boxes_xywh,
     boxes_xyxy,
     centre_of_mass,
+    check_rle_counts,
     decode_rle,
     encode_rle,
     mask_iou,
@@ -181,3 +183,121 @@ def test_packed_masks_put_the_first_pixel_in_the_highest_bit():
 def test_bytes_of_another_extent_are_refused():
     with pytest.raises(ValueError, match="3 bytes a mask cannot be 5 x 5"):
         unpack_masks(torch.from_numpy(pack_masks(draw(CORNER))), 5, 5)
+
+
+# What made pycocotools 2.0.11 crash, hang or read memory that is not its own, and some more of its kind.
+@pytest.mark.parametrize(
+    ("counts", "complaint"),
+    [
+        ("", "is empty"),
+        ("oooo", "breaks off in the midst of a run"),  # read past its end
+        ("1", "does not add up"),  # decoded to whatever lay in memory
+        ("4" * 3, "does not add up"),
+        ("0`o0", "does not add up"),  # merging it did not end
+        ("0" + "o" * 12 + "0", "has a run that is too long"),
+        ("0040", "has a run of no pixels"),
+        ("0/4", "has a character that is none of COCO's"),
+        ("0\x7f4", "has a character that is none of COCO's"),
+        ("é", "is not text of COCO's alphabet"),
+        (b"\xff4", "has a character that is none of COCO's"),
+        (5, "is not text of COCO's alphabet"),
+        (None, "is not text of COCO's alphabet"),
+    ],
+)
+def test_damaged_run_lengths_do_not_reach_c(counts, complaint):
+    rle = {"size": [2, 2], "counts": counts}
+    with pytest.raises(ValueError, match=complaint):
+        decode_rle([rle], 2, 2)
+    with pytest.raises(ValueError, match=complaint):
+        rle_from_coco(rle, 2, 2)
+
+
+def test_the_damaged_mask_is_named():
+    good = encode_rle(random_masks(2, 9, 7))
+    with pytest.raises(ValueError, match="run-length encoding 1 is empty"):
+        decode_rle([good[0], {"size": [9, 7], "counts": ""}, good[1]], 9, 7)
+
+
+def runs_by_the_letter(text: bytes) -> list[int] | None:
+    """Runs of COCO's compressed form, character by character as C reads it; None for what it may not be."""
+    runs: list[int] = []
+    at = 0
+    while at < len(text):
+        number, width, more = 0, 0, True
+        while more:
+            if at == len(text) or not 48 <= text[at] < 112 or width == 6:
+                return None
+            value = text[at] - 48
+            number |= (value & 31) << 5 * width
+            more = bool(value & 32)
+            at, width = at + 1, width + 1
+            if not more and value & 16:
+                number -= 1 << 5 * width
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+    return runs if runs and min(runs) >= 0 and 0 not in runs[1:] else None
+
+
+ALPHABET = strategies.integers(48, 111) | strategies.integers(48, 52) | strategies.integers(0, 255)
+
+
+@given(strategies.lists(strategies.lists(ALPHABET, max_size=8).map(bytes), max_size=4), strategies.integers(0, 30))
+@settings(max_examples=500, deadline=None)
+def test_run_lengths_are_judged_as_letter_by_letter(texts, pixels):
+    judged = [runs_by_the_letter(text) for text in texts]
+    if all(runs is not None and sum(runs) == pixels for runs in judged):
+        check_rle_counts(texts, [pixels] * len(texts))
+    else:
+        with pytest.raises(ValueError, match="run-length encoding"):
+            check_rle_counts(texts, [pixels] * len(texts))
+
+
+@given(strategies.integers(1, 40), strategies.integers(1, 40), strategies.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_every_mask_is_taken(height, width, seed):
+    drawn = np.random.default_rng(seed)
+    masks = torch.from_numpy(drawn.random((3, height, width)) < drawn.random())
+    assert torch.equal(decode_rle(encode_rle(masks), height, width), masks)
+    for mask in masks:
+        flat = mask.T.flatten().tolist()
+        runs, inside = [0], False
+        for pixel in flat:
+            if pixel != inside:
+                runs, inside = [*runs, 0], pixel
+            runs[-1] += 1
+        # Tools that write a mask tile by tile leave empty runs within.
+        spread = [part for run in runs for part in (run - 1, 0, 1)] if min(runs[1:], default=1) > 0 < runs[0] else runs
+        rle = rle_from_coco({"size": [height, width], "counts": spread}, height, width)
+        assert torch.equal(decode_rle([rle], height, width)[0], mask)
+
+
+@pytest.mark.parametrize("counts", [[-5, 9], [2**40], [1.5, 2.5], [True, 3], ["4"], [3], [5], [], [10**400], [None]])
+def test_uncompressed_runs_are_whole_numbers_that_add_up(counts):
+    with pytest.raises(ValueError, match="counts that are not whole numbers from 0 that add up to 4 pixels"):
+        rle_from_coco({"size": [2, 2], "counts": counts}, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("polygon", "complaint"),
+    [
+        ([0, 0, 1e9, 0, 1e9, 1e9], "no number within 1e\\+06 px"),  # a segmentation fault
+        ([0, 0, float("nan"), 0, 1, 1], "no number within"),
+        ([0, 0, float("inf"), 0, 1, 1], "no number within"),
+        ([0, 0, 10**400, 0, 1, 1], "no number within"),
+        ([0, 0, "1", 0, 1, 1], "no number within"),
+        ([0, 0, 1, 1], "three points or more"),
+        ([0, 0, 1, 1, 2, 2, 3], "list of x, y, x, y"),
+        ("abcdef", "list of x, y, x, y"),
+        ([0, 0, 9e5, 9e5] * 3, "an outline of"),  # gigabytes
+    ],
+)
+def test_polygons_that_c_cannot_stand_do_not_reach_it(polygon, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        rle_from_coco([polygon], 4, 4)
+
+
+@pytest.mark.parametrize(
+    "segmentation", ["abc", 5, {}, {"size": [4, 4]}, {"size": "44", "counts": "0"}, {"counts": "0"}]
+)
+def test_what_is_no_segmentation_is_refused(segmentation):
+    with pytest.raises(ValueError, match=r"neither polygons nor|a mask of size"):
+        rle_from_coco(segmentation, 4, 4)

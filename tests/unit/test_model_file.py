@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,78 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         load_model(tmp_path / "bad.pt")
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("how", ["zip", "old", "plain pickle"])
+def test_the_code_is_named_and_no_one_is_told_to_run_it(tmp_path: Path, how: str) -> None:
+    path, content = tmp_path / "bad.pt", {"format_version": 1, "kind": _Touch(str(tmp_path / "touched"))}
+    if how == "plain pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(UsageError) as caught:
+        load_model(path)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "weights_only" not in said  # torch's own advice is to switch the check off
+    if how == "zip":
+        assert re.search("it holds '[a-zA-Z.]+', which is no tensor or plain value: code of whoever made it", said)
+    assert not (tmp_path / "touched").exists()
+
+
+def rezipped(path: Path, compression: int, change: dict[str, bytes]) -> None:
+    """A model file's archive written anew with some members changed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, change.get(name.rpartition("/")[2], data))
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    save_model(path, "backbone", {"backbone": "resnet18"}, {"w": torch.zeros(3)}, {})
+    rezipped(path, zipfile.ZIP_DEFLATED, {"0": bytes(200 * 2**20)})
+    assert path.stat().st_size < 2**20
+    with pytest.raises(UsageError, match="an archive with compressed members, which torch does not write"):
+        load_model(path)
+
+
+def test_a_tensor_with_fewer_numbers_than_its_shape_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.pt"
+    for tensor in (torch.zeros(1).expand(10**12), torch.zeros(5, device="meta"), torch.zeros(5).to_sparse()):
+        torch.save({"state_dict": {"w": tensor}}, path)
+        with pytest.raises(UsageError, match=r"fewer numbers than that|sparse, quantised or without numbers"):
+            read_state_dict(path)
+
+
+def test_a_list_in_itself_is_refused(tmp_path: Path) -> None:
+    endless: list[object] = []
+    endless.append(endless)
+    laughs: list[object] = []
+    for _ in range(40):
+        laughs = [laughs, laughs]
+    for content in (endless, laughs):
+        torch.save({"settings": content}, tmp_path / "bad.pt")
+        with pytest.raises(UsageError, match="it holds more than 1000000 values"):
+            load_model(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("kind", "virus", "holds a 'virus', which this version"),
+        ("kind", ["backbone"], "holds a .* which this version"),
+        ("format_version", True, "a model file of format True"),
+        ("settings", ["backbone"], "settings is not plain JSON: it is a list"),
+        ("settings", {"a": torch.zeros(1)}, "settings is not plain JSON"),
+        ("lineage", {"a": float("nan")}, "lineage is not plain JSON"),
+        ("state_dict", {"w": 1}, "state_dict is not tensors by name"),
+        ("state_dict", {1: torch.zeros(1)}, "state_dict is not tensors by name"),
+    ],
+)
+def test_fields_are_what_the_format_says(tmp_path: Path, field: str, value: object, complaint: str) -> None:
+    content = {"format_version": 1, "kind": "backbone", "settings": {}, "state_dict": {}, "lineage": {}}
+    torch.save(content | {field: value}, tmp_path / "bad.pt")
+    with pytest.raises(UsageError, match=complaint):
+        load_model(tmp_path / "bad.pt")

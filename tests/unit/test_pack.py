@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,6 +21,7 @@ from freesolo.data.pack import finish_data_set, pack, pack_shard, plan_shards
 from freesolo.data.shards import Sample, SkippedPhoto, read_dataset_manifest, read_shard
 from freesolo.data.sources import find_photos
 from freesolo.errors import JobError, UsageError
+from freesolo.settings import BoundsSettings
 
 
 def photo(seed: int = 0, *, height: int = 12, width: int = 16, kind: str = "JPEG", **options: Any) -> bytes:
@@ -412,3 +414,120 @@ def test_what_is_not_coco_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "1.jpg").write_bytes(photo())
     with pytest.raises(UsageError, match=r"x\.json: (not valid JSON|not a COCO JSON|not COCO's form)"):
         find_photos(str(tmp_path / "x.json"))
+
+
+# --- COCO JSON of bad actors ----------------------------------------------------------------------------------------
+
+
+def coco_of(folder: Path, **changes: Any) -> str:
+    """A COCO JSON of one photo, which is there, with a field of the photo or of its annotation changed."""
+    write_image(folder / "1.jpg")
+    image = {"id": 1, "file_name": "1.jpg", "width": 20, "height": 10}
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "area": 25}
+    document = {"images": [image], "annotations": [annotation], "categories": [{"id": 1, "name": "object"}]}
+    for name, value in changes.items():
+        part, _, field = name.partition("_")
+        holder = {"image": image, "annotation": annotation, "document": document}[part]
+        holder[field] = value
+    path = folder / "coco.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"image_file_name": "../../etc/passwd"}, "leads out of the folder of the photos"),
+        ({"image_file_name": "/etc/passwd"}, "is not relative to the folder of the photos"),
+        ({"image_file_name": "x::file:///etc/passwd"}, "is not relative to the folder of the photos"),
+        ({"image_file_name": "s3://bucket/1.jpg"}, "is not relative to the folder of the photos"),
+        ({"image_file_name": "1.jpg\x1b[31m"}, "is not text without control characters"),
+        ({"image_file_name": ["1.jpg"]}, "is not text without control characters"),
+        ({"image_id": True}, "is not a number from 0"),
+        ({"image_id": 2**63}, "is not a number from 0"),
+        ({"image_width": "20"}, "image 1 has height and width"),
+        ({"image_width": 0}, "image 1 has height and width"),
+        ({"annotation_area": float("nan")}, "NaN is not a number"),
+        ({"annotation_category_id": [1]}, "unhashable"),
+        ({"document_categories": [{"id": 1}, {"id": 1}]}, "category ids are not whole numbers that differ"),
+        ({"document_categories": [{"id": "1"}]}, "category ids are not whole numbers that differ"),
+        ({"document_categories": [5]}, "categories are not a list of objects"),
+        ({"document_annotations": {"id": 1}}, "an annotation that is no object"),
+        ({"document_annotations": None}, "is not iterable"),
+        ({"document_images": [5]}, "is not subscriptable"),
+    ],
+)
+def test_a_coco_json_is_read_strictly(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    assert len(find_photos(coco_of(tmp_path)).photos) == 1
+    with pytest.raises(UsageError, match=f"coco.json: not .*{complaint}") as caught:
+        find_photos(coco_of(tmp_path, **changes), images=str(tmp_path))
+    assert str(caught.value).isprintable()
+
+
+def test_a_coco_json_that_nests_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "coco.json").write_text('{"images": ' + "[" * 200_000, encoding="utf-8")
+    with pytest.raises(UsageError, match="not valid JSON"):
+        find_photos(str(tmp_path / "coco.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"annotation_bbox": [0, 0, 1e9, 1e9]}, "annotation 1 is damaged: a polygon with a coordinate"),
+        ({"annotation_bbox": [0, 0, 1]}, r"annotation 1 is damaged: bbox=\[0, 0, 1\] is not x, y, width, height"),
+        ({"annotation_bbox": "abcd"}, "annotation 1 is damaged: bbox=abcd is not x, y, width, height"),
+        ({"annotation_area": "25"}, "annotation 1 is damaged: area=25 is not a number"),
+        ({"annotation_iscrowd": 2}, "annotation 1 is damaged: iscrowd=2 is neither 0 nor 1"),
+        ({"annotation_segmentation": [[1, 2, 3, "x", 5, 6]]}, "annotation 1 is damaged: a polygon with a coordinate"),
+        ({"annotation_segmentation": {"size": [10, 20], "counts": "oooo"}}, "annotation 1 is damaged: run-length"),
+        (
+            {"annotation_segmentation": {"size": [10, 20], "counts": [7]}},
+            "annotation 1 is damaged: counts that are not",
+        ),
+        (
+            {"annotation_segmentation": {"size": [2**31, 2**31], "counts": "0"}},
+            "annotation 1 is damaged: a mask of size",
+        ),
+        ({"annotation_note": "\ud800"}, "its annotations cannot be stored: .*surrogates not allowed"),
+        ({"annotation_note": json.loads("[" * 80 + "]" * 80)}, "its annotations cannot be stored: nested more than 64"),
+    ],
+)
+def test_a_damaged_annotation_costs_its_photo(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
+    (task,) = plan_shards(find_photos(coco_of(tmp_path, **changes)), str(tmp_path / "d"), samples_per_shard=9, seed=0)
+    packed = pack_shard(task)
+    assert packed.info is None
+    (skipped,) = packed.skipped
+    assert skipped.file_name == "1.jpg"
+    assert re.search(complaint, skipped.reason)
+
+
+def test_a_photo_over_the_bounds_is_skipped_and_named(tmp_path: Path) -> None:
+    write_image(tmp_path / "photos" / "1.jpg")
+    with (tmp_path / "photos" / "2.jpg").open("wb") as stream:
+        stream.truncate(2**33)  # as a sparse file: who reads it has no memory left
+    tasks = plan_shards(
+        find_photos(str(tmp_path / "photos")),
+        str(tmp_path / "d"),
+        samples_per_shard=9,
+        seed=0,
+        bounds=BoundsSettings(max_sample_bytes=10**6),
+    )
+    (skipped,) = pack_shard(tasks[0]).skipped
+    assert skipped.file_name == "2.jpg"
+    assert skipped.reason == (
+        "8589934592 bytes are more than bounds.max_sample_bytes=1000000 allows; raise it to read this"
+    )
+    small = plan_shards(
+        find_photos(str(tmp_path / "photos" / "1.jpg")),
+        str(tmp_path / "e"),
+        samples_per_shard=9,
+        seed=0,
+        bounds=BoundsSettings(max_pixels=199),
+    )
+    (skipped,) = pack_shard(small[0]).skipped
+    assert skipped.reason == "20 x 10 pixels are more than bounds.max_pixels=199 allows"
+
+
+def write_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 10), "red").save(path)

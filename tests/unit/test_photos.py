@@ -259,14 +259,14 @@ def test_absurd_sizes_are_refused_before_they_are_decoded() -> None:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    for side in (9_500, 60_000):  # the second is beyond what Pillow itself takes for a bomb
+    for side in (12_000, 60_000):  # the second is beyond what Pillow itself takes for a bomb
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
         started = time.perf_counter()
         with pytest.raises(PhotoError, match=r"too large|pixels are more than"):
             decode_photo(bomb)
         assert time.perf_counter() - started < 1
-    with pytest.raises(PhotoError, match="80 x 48 pixels are more than 3839"):
+    with pytest.raises(PhotoError, match=r"80 x 48 pixels are more than bounds\.max_pixels=3839 allows"):
         decode_photo(jpeg(), max_pixels=48 * 80 - 1)
     assert decode_photo(jpeg(), max_pixels=48 * 80).shape == (48, 80, 3)
 
@@ -321,3 +321,70 @@ def test_a_png_that_tells_its_orientation_late_is_taken_as_it_is_consistently() 
     info.add(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"), after_idat=True)
     data = encode(Image.fromarray(scene()), "PNG", pnginfo=info)
     assert photo_size(data) == decode_photo(data).shape[:2] == (48, 80)
+
+
+# --- photos of bad actors -------------------------------------------------------------------------------------------
+
+
+def with_size(data: bytes, height: int, width: int) -> bytes:
+    """A baseline JPEG that says it is of another size."""
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+def test_a_jpeg_that_says_it_is_huge_is_refused_by_number_and_setting() -> None:
+    bomb = with_size(jpeg(), 65500, 65500)
+    assert len(bomb) < 3000
+    for read in (photo_size, decode_photo):
+        with pytest.raises(PhotoError, match=r"^4290250000 pixels are more than bounds\.max_pixels=128000000 allows$"):
+            read(bomb)
+
+
+def test_a_hundred_megapixels_are_a_photo() -> None:
+    # Its header alone: pixels of that many would only be slow.
+    assert photo_size(with_size(jpeg(), 8660, 11560)) == (8660, 11560)
+
+
+def test_a_photo_of_another_size_than_its_record_is_refused_before_it_is_decoded() -> None:
+    bomb = with_size(jpeg(), 11000, 11000)
+    with pytest.raises(PhotoError, match=r"^11000 x 11000 pixels, which is not the size of its record: 80 x 48$"):
+        decode_photo(bomb, size=(48, 80))
+    assert decode_photo(jpeg(), size=(48, 80)).shape == (48, 80, 3)
+    assert decode_photo(jpeg(), max_pixels=1, size=(48, 80)).shape == (48, 80, 3)  # the record's was looked at
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert decode_photo(jpeg(exif=turned), size=(80, 48)).shape == (80, 48, 3)
+
+
+def progressive_bomb(scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes over and over."""
+    data = jpeg(progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * scans + data[-2:]
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused() -> None:
+    assert decode_photo(jpeg(progressive=True)).shape == (48, 80, 3)
+    with pytest.raises(PhotoError, match="a JPEG of more than 64 scans"):
+        decode_photo(progressive_bomb(1000))
+
+
+def test_what_follows_a_photo_in_its_file_is_not_counted() -> None:
+    film = b"\xff\xda" * 100
+    assert decode_photo(jpeg() + film).shape == (48, 80, 3)
+    thumbnail = b"\xff\xe5" + struct.pack(">H", len(film) + 2) + film
+    assert decode_photo(jpeg()[:2] + thumbnail + jpeg()[2:]).shape == (48, 80, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(/tmp/x) (w) file\n%%EOF\n",
+        b"P6 2 2 255\n" + bytes(12),
+        b"8BPS\0\1" + bytes(100),
+    ],
+    ids=["EPS, which runs Ghostscript", "PPM", "PSD"],
+)
+def test_only_formats_of_photos_are_read(data: bytes) -> None:
+    with pytest.raises(PhotoError, match="not a photo in a format that can be read"):
+        decode_photo(data)
