@@ -88,6 +88,17 @@ def test_each_command_is_run_somewhere() -> None:
         assert last_word in (ROOT / test).read_text(), f"{test} does not run `{start}`"
 
 
+def test_what_readme_says_that_jobs_say_they_say() -> None:
+    source = "".join(path.read_text() for path in sorted((ROOT / "freesolo").rglob("*.py")))
+    source = re.sub(r'"\n\s+f?"', "", source)  # a message may go over several lines
+    section = (ROOT / "README.md").read_text().split("## When something breaks")[1].split("\n## ")[0]
+    said = re.findall(r"^\| `([^`]*)` \|", section, re.MULTILINE)
+    assert len(said) > 10
+    for message in said:
+        for part in re.split(r"\.\.\.|\(\.\.\.\)", message):
+            assert part.strip(" ();") in source, f"nothing in freesolo says `{message}`"
+
+
 def in_the_bucket(bucket: str, argument: str) -> str:
     """README's argument with a bucket's URL for each of its folders: all that a cluster changes."""
     return re.sub(r"(?<![\w/])(data/|runs\b)", rf"{bucket}/\1", argument)
