@@ -198,7 +198,16 @@ def train_worker(config: dict[str, Any]) -> Outcome:
         training, loop = _with_workers(plan.build(ray.train.torch.get_device()), plan.loop, resources, workers)
         start, taken = _go_on(training.learner)
         recorder = _RunRecorder(plan, training, start, taken, config["board"])
+    except (UsageError, JobError) as reason:
+        error = reason
+    # What one of them met, all end with: it alone would leave the others waiting.
+    error = next((met for met in from_all_workers([error]) if met is not None), None)
+    if recorder is None:
+        return Outcome({}, error)
+    try:
         with recorder:
+            if error is not None:
+                raise error
             train(
                 training.learner,
                 training.stream,
@@ -210,8 +219,6 @@ def train_worker(config: dict[str, Any]) -> Outcome:
             )
     except (UsageError, JobError) as reason:
         error = reason
-    if recorder is None:
-        return Outcome({}, error)
     return Outcome(recorder.last_metrics, error, recorder.undelivered)
 
 
@@ -336,7 +343,18 @@ class _RunRecorder:
         return False
 
     def checkpoint(self, progress: Progress) -> None:
-        """Save the model too at the last step: what comes after training needs no checkpoint."""
+        """Save the model too at the last step: what comes after training needs no checkpoint.
+
+        Raises:
+            RuntimeError: The store failed for too long. Worker 0 meets that alone, while the others wait for it: so it
+                is no result, but a failure, after which Ray starts all of them again.
+        """
+        try:
+            self._checkpoint(progress)
+        except (UsageError, JobError) as error:
+            raise RuntimeError(f"step {progress.step} could not be saved: {error}") from error
+
+    def _checkpoint(self, progress: Progress) -> None:
         name = f"step-{progress.step:08d}"
         if self._plan.loop.record_samples:
             used = from_all_workers(self._samples)
