@@ -97,7 +97,7 @@ def read_bytes(url: str) -> bytes:
 def open_stream(url: str) -> Iterator[ReadStream]:
     """A file opened to be read once from front to back, in constant memory.
 
-    A read that breaks goes on where it broke off: what comes is the whole file, or an error.
+    A read that breaks goes on where it broke off: what comes from a store is the whole file, or an error.
 
     Raises:
         UsageError, JobError: As `read_bytes`, on opening or while reading.
@@ -105,7 +105,11 @@ def open_stream(url: str) -> Iterator[ReadStream]:
     """
     store, path = resolve(url)
     with ask(url, lambda: store.open(path, "rb", block_size=_READ_BLOCK)) as file:
-        yield file if file.size is None else _SteadyStream(url, file)  # None: an HTTP server that doesn't say
+        if isinstance(store, LocalFileSystem):  # no connection breaks; a file that ends early was cut
+            with explained(url):
+                yield file
+        else:
+            yield file if file.size is None else _SteadyStream(url, file)  # None: an HTTP server that doesn't say
 
 
 def write_atomic(url: str, data: bytes) -> None:

@@ -39,7 +39,7 @@ def pins(lock: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for line in (ROOT / lock).read_text().splitlines():
         if not line.startswith("#"):
-            name, version = line.split("==")
+            name, version = line.split(" ;")[0].split("==")  # what follows says on which systems
             found.setdefault(name, []).append(version)
     return found
 
