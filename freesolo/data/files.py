@@ -141,13 +141,9 @@ def create_file(url: str, data: bytes) -> bool:
     store, path = resolve(url)
 
     def create() -> bool:
-        local = isinstance(store, LocalFileSystem)
-        if local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            if local:
-                with Path(path).open("xb") as stream:
-                    stream.write(data)
+            if isinstance(store, LocalFileSystem):
+                _create_local(Path(path), data)
             else:
                 store.pipe_file(path, data, mode="create")
         except OSError as error:
@@ -157,6 +153,17 @@ def create_file(url: str, data: bytes) -> bool:
         return True
 
     return ask(url, create)
+
+
+def _create_local(path: Path, data: bytes) -> None:
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(str(error)) from error
+        with suppress(FileNotFoundError), path.open("xb") as stream:  # its folder may have been removed just now
+            stream.write(data)
+            return
 
 
 def remove_file(url: str) -> None:
@@ -172,6 +179,14 @@ def remove_file(url: str) -> None:
             store.rm_file(path)
 
     ask(url, remove)
+
+
+def remove_empty_folder(url: str) -> None:
+    """Remove the folder at `url` if nothing is in it; object stores have no empty folders anyway."""
+    store, path = resolve(url)
+    if isinstance(store, LocalFileSystem):
+        with suppress(OSError):
+            Path(path).rmdir()
 
 
 @contextmanager

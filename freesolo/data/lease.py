@@ -36,6 +36,7 @@ from freesolo.data.files import (
     join,
     list_files,
     read_bytes,
+    remove_empty_folder,
     remove_file,
     write_atomic,
 )
@@ -190,6 +191,8 @@ class _Lease:
             try:
                 for number in reversed([number for number in _numbers(self._url) if number <= self._number]):
                     remove_file(_file(self._url, number))
+                for folder in (self._url, self._url.rpartition("/")[0]):  # if nothing came of the work
+                    remove_empty_folder(folder)
             except (UsageError, JobError) as error:
                 _LOG.warning("%s: not released (%s); it ends by itself", self._url, error)
 

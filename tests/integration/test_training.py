@@ -189,6 +189,6 @@ def test_a_bad_loss_stops_a_training_and_names_its_batch(scenes: str, tmp_path: 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once(scenes: str, tmp_path: Path) -> None:
     job = pretrain_job(scenes, steps=2, workers=8)
     with pytest.raises(
-        UsageError, match=r"8 workers of 1 CPUs and 1 CPU for reading data need 9 CPUs, the cluster has 6"
+        UsageError, match=r"resources.workers=8 of 1 CPUs each, and 1 CPU to read data, do not fit .* it has 6 CPUs"
     ):
         pretrain_stage(job, StageFolder(str(tmp_path), "run", "pretrain"))
