@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float16, Float64, Integer
 
 from freesolo.data.documents import short
+from freesolo.data.parquet_footer import declared_size
 from freesolo.errors import JobError
 from freesolo.ops.masks import Rle, check_rle_counts
 from freesolo.settings import MAX_INSTANCES
@@ -150,10 +151,8 @@ def _read_table(data: bytes) -> pa.Table | None:
     metadata = pq.read_metadata(pa.BufferReader(data))
     if not metadata.schema.to_arrow_schema().equals(_SCHEMA):
         return None
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-    # Eight bytes are the widest value, and more than a text's place in its dictionary takes.
-    _check_size(sum(8 * column.num_values + column.total_uncompressed_size for column in columns))
+    values, page_bytes = declared_size(data)
+    _check_size(8 * values + page_bytes)  # no value is wider, nor a text's place in its dictionary
     try:
         file = pq.ParquetFile(
             pa.BufferReader(data), metadata=metadata, page_checksum_verification=True, read_dictionary=_TEXTS
