@@ -1,26 +1,35 @@
-"""README's fault table, from what `make chaos` measured: the last row that was recorded of each fault and job."""
+"""README's fault table, from what `make chaos` measured: the last row that was recorded of each fault and job.
+
+Jobs of which the same came are one line, with the longest time.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+import textwrap
+from typing import Any
 
 from tests.chaos.record import FOLDER
 
-HEAD = "| fault | during | outcome | lost | done twice | recovery |\n|---|---|---|---|---|---|\n"
+HEAD = "| fault | during | outcome | lost | done twice | recovery, or error, after |\n|---|---|---|---|---|---|\n"
 
 
 def main() -> None:
     """Print the table."""
-    rows: dict[tuple[str, str], dict[str, object]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(FOLDER.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             rows[row["fault"], row["job"]] = row
+    merged: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows.values():
+        outcome = textwrap.shorten(row["outcome"].replace("|", "/"), 100, placeholder=" …")
+        merged.setdefault((row["fault"], outcome, str(row["lost"]), row["twice"] or "nothing"), []).append(row)
     sys.stdout.write(HEAD)
-    for (fault, job), row in rows.items():
-        twice = row["twice"] or "nothing"
-        sys.stdout.write(f"| {fault} | {job} | {row['outcome']} | {row['lost']} | {twice} | {row['seconds']} s |\n")
+    for (fault, outcome, lost, twice), same in merged.items():
+        jobs, longest = ", ".join(row["job"] for row in same), max(row["seconds"] for row in same)
+        sys.stdout.write(f"| {fault} | {jobs} | {outcome} | {lost} | {twice} | {longest} s |\n")
 
 
 if __name__ == "__main__":

@@ -127,11 +127,15 @@ class Submission:
         result: dict[str, Any] = json.loads([line for line in logs.splitlines() if line.startswith('{"stage"')][-1])
         return result
 
-    def steps_done_again(self) -> int:
-        """Steps that were shown as done, and then done again, as the job's progress tells: the first of a group of
-        workers shows where it began."""
-        shown = [int(number) for number in re.findall(r"^\S+: (\d+)/\d+ steps", self.log.read_text(), re.MULTILINE)]
-        return sum(max(0, before - after) for before, after in pairwise(shown))
+
+def steps_done_again(*jobs: Submission) -> int:
+    """Steps that were shown as done, and then done again, as the progress in the jobs' logs tells.
+
+    A group of workers that was started again shows first where it begins.
+    """
+    logs = "\n".join(job.log.read_text() for job in jobs)
+    shown = [(name, int(step)) for name, step in re.findall(r"^(\S+): (\d+)/\d+ steps", logs, re.MULTILINE)]
+    return sum(max(0, before[1] - after[1]) for before, after in pairwise(shown) if before[0] == after[0])
 
 
 def wait_for(happened: Callable[[], object], *, seconds: float = 300.0, what: str, pause: float = 0.2) -> None:

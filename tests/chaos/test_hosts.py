@@ -26,7 +26,7 @@ from freesolo.data.labels import read_label_manifest
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.models.weights import read_state_dict
-from tests.chaos.cluster import ROOT, WORKER, Cluster, Submission, cluster, wait_for
+from tests.chaos.cluster import ROOT, WORKER, Cluster, Submission, cluster, steps_done_again, wait_for
 from tests.chaos.hosts import can_make_hosts
 from tests.chaos.record import FOLDER, Row, record
 from tests.chaos.timeline import Timeline
@@ -208,7 +208,7 @@ def test_a_pipeline_loses_a_host_in_each_stage_and_ends_as_if_it_had_not(reach: 
     versions = MlflowClient(hosts.mlflow.url).search_model_versions("name='freesolo-smoke'")
     assert result["outputs"]["SOLO round 1"].rpartition("/")[2] in {version.version for version in versions}
     for stage, seconds in recovery.items():
-        again = f"{job.steps_done_again()} steps, all trainings together" if stage == "pretrain" else ""
+        again = f"{steps_done_again(job)} steps, all trainings together" if stage == "pretrain" else ""
         record("hosts", Row("host SIGKILLed, another joins", stage, "same result", 0, again, seconds, 1))
 
 
@@ -252,7 +252,7 @@ def test_processes_are_killed_one_after_another(reach: Cluster, calm: Calm, tmp_
     for name, pattern in (("worker", worker), ("data worker", DATA_WORKER), ("driver", rf"jobs/{script}\.py")):
         wait_for(lambda: progress(url) > 0, what=f"{stage} to get somewhere")
         _, number = hosts.catch(pattern)
-        before, again_before = progress(url), jobs[-1].steps_done_again()
+        before = progress(url)
         victims = [number] if name != "driver" else [one for _, one in hosts.find(pattern)]
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
@@ -262,17 +262,16 @@ def test_processes_are_killed_one_after_another(reach: Cluster, calm: Calm, tmp_
             jobs[-1].fails()
             jobs.append(hosts.submit(*arguments))
         wait_for(partial(further, progress, url, before), what=f"{stage} to go on", seconds=400)
-        rows.append(
-            (name, time.monotonic() - killed, jobs[-1].steps_done_again() - (again_before if len(jobs) == 1 else 0))
-        )
+        rows.append((name, time.monotonic() - killed))
     jobs[-1].finishes()
 
     if stage == "free-masks":
         assert label_files(f"{url}/labels") == label_files(f"{calm.run}/{stage}/labels")
     else:
         assert same_training(url, f"{calm.run}/{stage}")
-    for name, seconds, again in rows:
-        twice = f"{again} steps" if again else ""
+    again = steps_done_again(*jobs)
+    for name, seconds in rows:
+        twice = f"{again} steps in all three" if again else ""
         record("hosts", Row(f"{name} SIGKILLed", script, "same result", 0, twice, seconds, 1))
 
 
@@ -317,7 +316,7 @@ def test_elastic_training_goes_on_with_fewer_hosts_and_then_with_more(
     wait_for(partial(further, committed, stage, before), what="training to go on with one worker", seconds=400)
     recovered = time.monotonic() - struck
     hosts.join(lost)
-    again = job.steps_done_again()
+    again = steps_done_again(job)
     job.finishes()
 
     used = samples_of_steps(stage)
@@ -368,3 +367,28 @@ def test_a_link_that_is_cut_for_20_seconds_costs_an_extraction_nothing(
     job.finishes()
     assert label_files(labels) == label_files(f"{calm.run}/free-masks/labels")
     record("hosts", Row("link cut for 20 s", "extract_free_masks", "same result", 0, "", recovered, 1))
+
+
+def test_of_two_submitters_of_one_label_set_one_proceeds(reach: Cluster, calm: Calm, tmp_path: Path) -> None:
+    """Under two names: it is the label set that they share."""
+    hosts, labels = reach, f"{calm.bucket}/shared-labels"
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        yaml.safe_dump(part_of_smoke("extract", calm, weights=f"{calm.run}/pretrain/model.pt", labels=labels))
+    )
+    jobs = [
+        hosts.submit(
+            *("jobs/extract_free_masks.py", "--config", str(path), "--run-name", name),
+            *("--storage", f"{calm.bucket}/runs"),
+        )
+        for name in ("first", "second")
+    ]
+    began = time.monotonic()
+    codes = [job.process.wait(600) for job in jobs]
+    assert sorted(codes) == [0, 1], [job.log.read_text()[-3000:] for job in jobs]
+    said = jobs[codes.index(1)].log.read_text()
+    assert re.search(
+        r"error: .*shared-labels/\.lease: process \d+ on .* is at work on this; wait for it, or stop it", said
+    )
+    assert label_files(labels) == label_files(f"{calm.run}/free-masks/labels")
+    record("hosts", Row("two submitters", "extract_free_masks", "one proceeds", 0, "", time.monotonic() - began, 1))

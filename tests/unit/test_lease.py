@@ -17,6 +17,7 @@ import pytest
 from freesolo.data.files import create_file, join, list_files, read_bytes, write_atomic
 from freesolo.data.lease import Claim, LeaseError, held
 from freesolo.errors import UsageError
+from freesolo.stages import StageFolder, StageResult, run_stage
 from tests.servers import S3Server
 
 # Holds the lease, tells how that went, and works until its standard input ends or it is interrupted.
@@ -187,6 +188,19 @@ def test_a_holder_cut_off_from_the_store_stops_before_another_may_follow(s3_serv
     with pytest.raises(LeaseError, match=r"no sign of life could be given for 4\.5 s"):
         work()
     assert stopped_after[0] < 6.0
+
+
+def test_a_stage_that_another_works_on_is_refused(tmp_path: Path, holders: list[Holder]) -> None:
+    folder = StageFolder(str(tmp_path), "run", "solo")
+    holders.append(Holder(f"{folder.url}/.lease"))
+    assert holders[0].says() == "held"
+
+    def work(_: None) -> StageResult:
+        raise AssertionError("two at a time")
+
+    with pytest.raises(LeaseError, match=rf"^{folder.url}/\.lease: process {holders[0].process.pid} on .* is at work"):
+        run_stage(folder, {}, lambda: None, work)
+    assert not Path(folder.url, "settings.json").exists()
 
 
 def test_what_the_store_refuses_is_told(bucket: str) -> None:
