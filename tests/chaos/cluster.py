@@ -22,6 +22,7 @@ from tests.chaos.hosts import Network, network
 from tests.servers import RAY, Host, MlflowServer, PostgresServer, RayHead, RayNode, S3Server
 
 ROOT = Path(__file__).parents[2]
+NOTICE_SECONDS = 30
 WORKER = {"freesolo.dev/pool": "train"}
 """The Ray label of the nodes that may be lost; the head is not one."""
 
@@ -36,6 +37,11 @@ class Worker(RayNode):
     @property
     def url(self) -> str:
         return self._head.url
+
+    def notify(self) -> None:
+        """Tell Ray that the node will be taken away, as Kubernetes tells a pod: by SIGTERM to its first process."""
+        assert self._process is not None
+        self._process.terminate()
 
     def command(self) -> Sequence[str]:
         return self._start(f"--address={self._head.address}")
@@ -166,6 +172,7 @@ def cluster() -> Iterator[Cluster]:
             **store.environment,
             "MLFLOW_TRACKING_URI": mlflow.url,
             "GLOO_SOCKET_IFNAME": "eth0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE_SECONDS),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "a-token-of-the-tests",
             # A node that is gone is missed after seconds, not half a minute.

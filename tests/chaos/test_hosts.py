@@ -26,7 +26,7 @@ from freesolo.data.labels import read_label_manifest
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.models.weights import read_state_dict
-from tests.chaos.cluster import ROOT, WORKER, Cluster, Submission, cluster, steps_done_again, wait_for
+from tests.chaos.cluster import NOTICE_SECONDS, ROOT, WORKER, Cluster, Submission, cluster, steps_done_again, wait_for
 from tests.chaos.hosts import can_make_hosts
 from tests.chaos.record import FOLDER, Row, record
 from tests.chaos.timeline import Timeline
@@ -367,6 +367,38 @@ def test_a_link_that_is_cut_for_20_seconds_costs_an_extraction_nothing(
     job.finishes()
     assert label_files(labels) == label_files(f"{calm.run}/free-masks/labels")
     record("hosts", Row("link cut for 20 s", "extract_free_masks", "same result", 0, "", recovered, 1))
+
+
+def test_notice_that_a_host_will_go_has_a_checkpoint_saved(reach: Cluster, calm: Calm, tmp_path: Path) -> None:
+    """SIGTERM, as Kubernetes sends it before it takes a pod away; the training saves none of its own accord."""
+    hosts = reach
+    config = part_of_smoke("train", calm, labels=f"{calm.run}/free-masks/labels")
+    config["train"]["loop"] |= {"steps": ELASTIC_STEPS, "checkpoint_every": 10_000}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    stage = f"{calm.bucket}/runs/notice/solo"
+    arguments = ("jobs/train_solo.py", "--config", str(path), "--run-name", "notice")
+    job = hosts.submit(*arguments, "--storage", f"{calm.bucket}/runs")
+
+    wait_for(lambda: re.search(r"^solo: [1-9]\d*/", job.log.read_text(), re.MULTILINE), what="some steps")
+    host, _ = hosts.catch(TRAIN_WORKER)
+    notice = time.monotonic()
+    hosts.workers[host].notify()
+    wait_for(lambda: committed(stage), what="a checkpoint", seconds=NOTICE_SECONDS)
+    saved = time.monotonic() - notice
+    assert 0 < committed(stage) < ELASTIC_STEPS
+    time.sleep(max(0.0, NOTICE_SECONDS - saved))
+    hosts.lose(host)
+    hosts.join(host)
+    job.finishes()
+    used = samples_of_steps(stage)
+    assert sorted(used) == list(range(ELASTIC_STEPS))
+    assert all(len(images) == 4 for images in used.values())
+    twice = f"{steps_done_again(job)} steps"
+    record(
+        "hosts",
+        Row("host taken away on notice", "train_solo", "checkpoint in time; each step once", 0, twice, saved, 1),
+    )
 
 
 def test_of_two_submitters_of_one_label_set_one_proceeds(reach: Cluster, calm: Calm, tmp_path: Path) -> None:
