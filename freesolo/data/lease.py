@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -47,6 +48,8 @@ TIME_TO_LIVE = 120.0
 # A holder stops this much earlier than anyone may follow it.
 _OWN_SHARE = 0.75
 _LOOK_SECONDS = 1.0
+# Wakes the main thread from whatever it waits for. Not SIGINT: what a shell starts in the background ignores that.
+_INTERRUPT = signal.SIGUSR2
 
 _LOG = logging.getLogger(__name__)
 
@@ -169,7 +172,9 @@ class _Lease:
         self._beat_seconds = beat_seconds
         self._own_seconds = time_to_live * _OWN_SHARE
         self._over = threading.Event()
+        self._ending = threading.Lock()  # held while the lease is lost, or else released: never both
         self._interrupts = threading.current_thread() is threading.main_thread()
+        self._handler: Any = None
         self._lost: str | None = None
         self._renewed = time.monotonic()
         # Two threads: one may wait long for a store that does not answer, the other tells when it has been too long.
@@ -179,12 +184,17 @@ class _Lease:
         ]
 
     def start(self) -> None:
+        if self._interrupts:
+            self._handler = signal.signal(_INTERRUPT, signal.default_int_handler)
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """Release it, if it is still held."""
-        self._over.set()
+        with self._ending:
+            self._over.set()
+        if self._interrupts:
+            signal.signal(_INTERRUPT, self._handler)
         if self._lost is None:
             self._threads[0].join(self._own_seconds)
         if self._lost is None and not self._threads[0].is_alive():
@@ -222,11 +232,13 @@ class _Lease:
         self._lose(f"no sign of life could be given for {self._own_seconds:g} s, and another may take over")
 
     def _lose(self, reason: str) -> None:
-        if self._lost is None and not self._over.is_set():
+        with self._ending:
+            if self._over.is_set():
+                return
             self._lost = reason
             self._over.set()
-            if self._interrupts and callable(signal.getsignal(signal.SIGINT)):
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            if self._interrupts:
+                signal.pthread_kill(threading.main_thread().ident or 0, _INTERRUPT)
 
 
 def _latest(url: str) -> tuple[int, bytes]:

@@ -40,12 +40,19 @@ def claims(url: str) -> list[dict[str, object]]:
     return [json.loads(read_bytes(join(url, name))) for name in list_files(url)]
 
 
+def _ignore_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Holder:
     """A process that holds a lease, or was refused it."""
 
     def __init__(self, url: str, *, beat: float = 0.2, live: float = 3.0) -> None:
         command = [sys.executable, "-c", HOLDER, url, str(beat), str(live)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # As in the background of a shell, where Ctrl-C is ignored.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_ignore_ctrl_c
+        )
 
     def says(self) -> str:
         """The next line that it prints."""
