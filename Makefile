@@ -62,8 +62,8 @@ $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 ALONE := tests/unit tests/numerics tests/fuzz tests/kubernetes tests/image
 QUICK := -m "not slow and not gpu and not chaos" --durations=10
 
-test: $(READY) chromium  ## The tests (about 13 minutes on 2 cores)
-	@echo "test: unit and numerics, then integration and end-to-end tests, about 13 minutes on 2 cores"
+test: $(READY) chromium  ## The tests (about 20 minutes on 2 cores)
+	@echo "test: unit and numerics, then integration and end-to-end tests, about 20 minutes on 2 cores"
 	$(BIN)/python -m pytest $(QUICK) -n 2 $(ALONE)
 	$(BIN)/python -m pytest $(QUICK) tests $(addprefix --ignore=,$(ALONE))
 
