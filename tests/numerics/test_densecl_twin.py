@@ -1,19 +1,13 @@
-"""DenseCL against a slow twin in Python's own arithmetic, and two workers against one.
-
-The workers are processes of their own (gloo): this file run as a script.
-"""
+"""DenseCL against a slow twin in Python's own arithmetic, and two workers against one."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from freesolo.densecl.loss import dense_loss, info_nce, match_cells
@@ -22,6 +16,7 @@ from freesolo.errors import UsageError
 from freesolo.ops.collectives import gather_from_all_workers, rank, sum_over_workers, world_size
 from freesolo.settings import DenseCLModelSettings
 from freesolo.types import ViewPair
+from tests.workers import on_workers
 
 Vector = list[float]
 
@@ -216,20 +211,15 @@ def collectives() -> dict[str, Tensor]:
 SCENARIOS = (train_with_ddp, train_moco_with_ddp, shuffle_batch_norm, synchronised_batch_norm, collectives)
 
 
+def run_scenarios(worker: int, folder: Path) -> None:
+    torch.save({scenario.__name__: scenario() for scenario in SCENARIOS}, folder / f"{worker}.pt")
+
+
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     """What each of two workers returns from each scenario; all in one pair of processes, which are slow to start."""
     folder = tmp_path_factory.mktemp("workers")
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(folder), str(worker)], env=environment) for worker in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=240) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    on_workers(2, run_scenarios, folder)
     return [torch.load(folder / f"{worker}.pt", weights_only=True) for worker in range(2)]
 
 
@@ -287,11 +277,3 @@ def test_collectives_of_one_worker():
     result = collectives()
     assert torch.equal(result["gathered"], result["own"])
     assert torch.equal(result["summed"], result["own"])
-
-
-if __name__ == "__main__":
-    folder, worker = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=worker, world_size=2)
-    torch.save({scenario.__name__: scenario() for scenario in SCENARIOS}, folder / f"{worker}.pt")
-    distributed.destroy_process_group()

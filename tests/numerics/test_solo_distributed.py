@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +14,7 @@ from freesolo.settings import LossSettings
 from freesolo.solo.task import SoloTask
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 from tests.small import small_solo
+from tests.workers import on_workers
 
 MODEL = small_solo()
 # Positives of worker 0 (images 0 and 1) and worker 1 (2 and 3) are on different levels, in different numbers.
@@ -66,32 +63,22 @@ def result(supervision: str, case: str, images: range, *, workers: int) -> dict[
     return {f"loss {name}": loss.detach() for name, loss in losses.items()} | gradients
 
 
-def work(rank: int, folder: Path) -> None:
+def work(worker: int, folder: Path) -> None:
     """What a worker process does: every case, in the same order as the other one."""
-    store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
-    images = range(2 * rank, 2 * rank + 2)
+    images = range(2 * worker, 2 * worker + 2)
     results = {
         f"{supervision} {case}": result(supervision, case, images, workers=2)
         for supervision in ("free_masks", "masks")
         for case in CASES
     }
-    torch.save(results, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    torch.save(results, folder / f"{worker}.pt")
 
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
     folder = tmp_path_factory.mktemp("workers")
-    command = [sys.executable, "-m", "tests.numerics.test_solo_distributed", str(folder)]
-    root = Path(__file__).parents[2]
-    processes = [
-        subprocess.Popen([*command, str(rank)], cwd=root, stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    on_workers(2, work, folder)
+    return [torch.load(folder / f"{worker}.pt") for worker in range(2)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -106,7 +93,3 @@ def test_two_workers_equal_one(workers, supervision, case):
         torch.testing.assert_close(got, value, rtol=2e-3, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
     if case == "spread":
         assert any(value.abs().max() > 1e-3 for name, value in expected.items() if not name.startswith("loss"))
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[2]), Path(sys.argv[1]))

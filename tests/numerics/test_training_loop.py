@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 
 from freesolo.config import PackJob
 from freesolo.data.order import Order, StreamState, worker_pieces
@@ -25,6 +23,7 @@ from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 from tests.small import small_solo
+from tests.workers import on_workers
 
 SIZE = 64
 SAMPLES = 10
@@ -198,10 +197,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, others: dict[str, Any], me
         assert torch.equal(value, resumed[name]), name
 
 
-def _two_workers(worker: int, folder: Path, port: int) -> None:
-    torch.set_num_threads(1)
-    patience = timedelta(seconds=120)  # of a worker that was left alone
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=worker, world_size=2, timeout=patience)
+def _two_workers(worker: int, folder: Path) -> None:
     whole, resumed = run_whole_and_resumed(folder, settings(), stop=3)
     # Batch norm's running statistics are each worker's own, and only worker 0's are kept in a checkpoint.
     names = [name for name in whole if worker == 0 or "running" not in name]
@@ -212,7 +208,6 @@ def _two_workers(worker: int, folder: Path, port: int) -> None:
     with pytest.raises(UsageError, match=r"^shard-000001\.tar: access denied$"):
         train(learner, Drawn(ends=(1, 2)), settings(), OPTIMIZER, kept)
     (folder / f"stopped-{worker}.json").write_text(json.dumps(list(kept.metrics_of)))
-    distributed.destroy_process_group()
 
 
 def test_a_run_that_was_told_to_stop_is_saved_and_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
@@ -244,32 +239,23 @@ def test_a_run_that_is_told_to_stop_at_its_last_step_is_done() -> None:
     assert kept.saved == [6]
 
 
-def _stopped_by_one(worker: int, folder: Path, port: int) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=worker, world_size=2)
+def _stopped_by_one(worker: int, folder: Path) -> None:
     learner = learner_for(settings())
     kept = Kept(learner, decides=(3, "stop"), caller=1)
     try:
         train(learner, Drawn(), settings(checkpoint_every=100), OPTIMIZER, kept)
     except StoppedError:
         torch.save(kept.saved, folder / f"saved-{worker}.pt")
-    distributed.destroy_process_group()
 
 
 def test_all_workers_stop_together_whoever_called(tmp_path: Path) -> None:
-    multiprocessing.spawn(_stopped_by_one, (tmp_path, free_port()), nprocs=2)
+    on_workers(2, _stopped_by_one, tmp_path)
     assert [torch.load(tmp_path / f"saved-{worker}.pt") for worker in range(2)] == [[3], [3]]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_two_workers_resume_as_if_uninterrupted_and_stop_together(tmp_path: Path) -> None:
     """Also when the stream of one of them has an error: the other would wait for it in the next collective."""
-    multiprocessing.spawn(_two_workers, (tmp_path, free_port()), nprocs=2)
+    on_workers(2, _two_workers, tmp_path)
     for worker in range(2):
         assert torch.load(tmp_path / f"differ-{worker}.pt") == []
         assert json.loads((tmp_path / f"stopped-{worker}.json").read_text()) == [1, 2]
