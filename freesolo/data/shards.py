@@ -17,8 +17,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, ClassVar
@@ -40,6 +38,7 @@ from freesolo.data.documents import (
     short,
 )
 from freesolo.data.photos import file_extension
+from freesolo.data.tar_members import DAMAGED, Member, read_members
 from freesolo.errors import JobError, UsageError
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
@@ -47,8 +46,6 @@ FORMAT = "freesolo.dataset"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _CHUNK = 2**20
-# A member's name is a key and an extension, not a path: nothing that a file system or a URL would follow.
-_MEMBER_NAME = re.compile(r"([A-Za-z0-9_-]{1,200})\.([a-z0-9]{1,8})")
 _RECORD: dict[str, type] = {"image_id": int, "file_name": str, "width": int, "height": int, "annotations": list}
 
 
@@ -274,14 +271,13 @@ def read_shard(url: str, shard: ShardInfo, *, bounds: BoundsSettings = DEFAULT_B
     with files.open_stream(location) as stream:
         digesting = _DigestingReader(stream, shard.bytes, location)
         try:
-            for sample in _read_tar(digesting, location, bounds):
+            for sample in _read_samples(digesting, location, bounds):
                 if count == shard.samples:
                     raise ShardError(f"{location}: more than the {shard.samples} samples of its manifest: altered")
                 count += 1
                 yield sample
             digesting.drain()
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            # tarfile raises the latter two for numbers and names in a header that are none.
+        except DAMAGED as error:
             raise ShardError(f"{location}: truncated or not a tar, after {count} samples ({error})") from error
     if count != shard.samples:
         raise ShardError(f"{location}: {count} samples where the manifest says {shard.samples}: truncated")
@@ -316,27 +312,21 @@ def _sample_json(sample: Sample) -> bytes:
     return json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def _read_tar(stream: _DigestingReader, location: str, bounds: BoundsSettings) -> Iterator[Sample]:
+def _read_samples(stream: _DigestingReader, location: str, bounds: BoundsSettings) -> Iterator[Sample]:
     """Pair each photo with its JSON, its neighbour; hold no more than one pair."""
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK, tarinfo=_PlainFile) as tar:
-        keys: set[str] = set()
-        pending = _Pair()
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps a record of all that it has read
-            key, extension = _member_name(member.name)
-            if member.offset_data + member.size > stream.expected:  # tarfile would look for the next one out there
-                raise tarfile.ReadError(f"{member.name} declares {member.size} bytes, more than the shard has")
-            if pending.key not in ("", key) or key in keys:
-                raise ShardError(
-                    f"{location}: {pending.key or key} lacks its photo or its JSON, or is there twice; "
-                    "was this packed by freesolo?"
-                )
-            pending.key = key
-            pending.take(member, extension, tar, location, bounds)
-            if pending.record is not None and pending.has_photo:
-                keys.add(key)
-                yield _parse_sample(pending, location, bounds)
-                pending = _Pair()
+    keys: set[str] = set()
+    pending = _Pair()
+    for member in read_members(stream, stream.expected):
+        if pending.key not in ("", member.key) or member.key in keys:
+            raise ShardError(
+                f"{location}: {pending.key or member.key} lacks its photo or its JSON, or is there twice; "
+                "was this packed by freesolo?"
+            )
+        pending.take(member, location, bounds)
+        if pending.record is not None and pending.has_photo:
+            keys.add(member.key)
+            yield _parse_sample(pending, location, bounds)
+            pending = _Pair()
 
 
 @dataclass(slots=True)
@@ -349,55 +339,20 @@ class _Pair:
     has_photo: bool = False
     error: str | None = None
 
-    def take(
-        self, member: tarfile.TarInfo, extension: str, tar: tarfile.TarFile, location: str, bounds: BoundsSettings
-    ) -> None:
+    def take(self, member: Member, location: str, bounds: BoundsSettings) -> None:
         """Read a member, unless it is too large to be."""
-        is_record = extension == "json"
+        self.key = member.key
+        is_record = member.extension == "json"
         if (self.record is not None) if is_record else self.has_photo:
             raise ShardError(f"{location}: {self.key} has two {'records' if is_record else 'photos'}; was it altered?")
         too_large = over_bytes(member.size, bounds)
         if too_large and is_record:
             raise ShardError(f"{location}: {self.key}.json: {too_large}")
-        body = tar.extractfile(member)
-        assert body is not None  # a regular file has one
-        data = b"" if too_large else body.read()
+        data = b"" if too_large else member.read()
         if is_record:
             self.record = data
         else:
             self.photo, self.has_photo, self.error = data, True, too_large
-
-
-class _PlainFile(tarfile.TarInfo):
-    """A member's header, of a plain file: all that there is in a shard of ours.
-
-    tarfile itself would follow extended headers (PAX, GNU's long names, sparse files) to whatever size, depth and
-    place in the stream they say.
-    """
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _PlainFile:
-        """Parse a header's block.
-
-        Raises:
-            tarfile.ReadError: A link, a device, a folder, an extended header, or a size below 0.
-        """
-        header = super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
-        if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header.size < 0:
-            raise tarfile.ReadError(f"{short(header.name)} is not a plain file; was this packed by freesolo?")
-        return header
-
-
-def _member_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member that belongs to a sample.
-
-    Raises:
-        tarfile.ReadError: It does not: a path, perhaps.
-    """
-    match = _MEMBER_NAME.fullmatch(name)
-    if match is None:
-        raise tarfile.ReadError(f"{short(name)} is not a sample's name; was this packed by freesolo?")
-    return match[1], match[2]
 
 
 def over_bytes(size: int, bounds: BoundsSettings) -> str | None:

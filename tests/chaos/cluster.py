@@ -64,7 +64,7 @@ class Cluster:
     workers: dict[str, Worker] = field(default_factory=dict)
     started: int = 0
 
-    def join(self, name: str, *, num_cpus: int = 3) -> None:
+    def join(self, name: str, *, num_cpus: int = 2) -> None:
         """A node starts on a host: a new one, or again on one that was lost."""
         if name not in self.network.hosts:
             self.network.add(name)

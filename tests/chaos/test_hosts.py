@@ -38,10 +38,10 @@ pytestmark = [
     pytest.mark.skipif(not can_make_hosts(), reason="hosts are network namespaces: needs root and iproute2"),
     pytest.mark.skipif(not PostgresServer.installed(), reason="needs Debian's postgresql, and root"),
 ]
-STEPS = 40
-EVERY = 5  # steps between checkpoints
+STEPS = 24
+EVERY = 4  # steps between checkpoints
 SMALL = (
-    'resources={"workers": 2, "label_selector": {"freesolo.dev/pool": "train"}}',
+    'resources={"workers": 2, "label_selector": {"freesolo.dev/pool": "train"}, "data_cpus": 2}',
     *(f"pretrain.loop.steps={STEPS}", f"pretrain.loop.checkpoint_every={EVERY}", "pretrain.loop.record_samples=true"),
     *(f"train.loop.steps={STEPS}", f"train.loop.checkpoint_every={EVERY}", "train.loop.record_samples=true"),
     # So few steps make no segmenter; at a low rate it stays near its beginning, and whatever it finds is labelled.
