@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 from fsspec.implementations.local import LocalFileSystem
 
 from freesolo.data.stores import UnreadableFileError as UnreadableFileError  # callers meet it here
-from freesolo.data.stores import ask, explained, is_there_already, is_transient, resolve
+from freesolo.data.stores import ask, explained, is_full, is_there_already, is_transient, resolve
 
 _READ_BLOCK = 8 * 2**20
 
@@ -206,11 +206,17 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
         folder.mkdir(parents=True, exist_ok=True)
         stream = temporary.open("xb")
     try:
-        with stream:
-            yield stream
+        try:
+            with stream:
+                yield stream
+                with explained(url):
+                    stream.flush()
+                    os.fsync(stream.fileno())
+        except OSError as error:
+            if not is_full(error):  # whatever else the block may have met is not this file's
+                raise
             with explained(url):
-                stream.flush()
-                os.fsync(stream.fileno())
+                raise
         if isinstance(store, LocalFileSystem):
             with explained(url):
                 temporary.replace(path)

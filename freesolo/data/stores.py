@@ -7,6 +7,7 @@ once. S3's client has its own tries switched off: they would multiply, in silenc
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -117,6 +118,11 @@ def is_there_already(error: BaseException) -> bool:
     return isinstance(error, FileExistsError)
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, or someone's share of it, has no room left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _s3_options() -> dict[str, Any]:
     config = {
         "connect_timeout": CONNECT_TIMEOUT,
@@ -144,4 +150,6 @@ def _explanation(url: str, error: BaseException) -> UsageError | JobError:
         return UnreadableFileError(
             f"{url}: access denied ({one_line(error)}); check the credentials and the permissions"
         )
+    if is_full(error):
+        return JobError(f"{url}: the disk is full ({one_line(error)}); make room, and run the same again to go on")
     return JobError(f"{url}: {one_line(error)}{effort}")

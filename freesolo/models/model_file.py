@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from freesolo.errors import UsageError
 from freesolo.models.download import sha256_of_file
-from freesolo.models.torch_file import read_torch_file
+from freesolo.models.torch_file import read_torch_file, write_torch_file
 
 FORMAT_VERSION = 1
 Kind = Literal["backbone", "segmenter"]
@@ -72,6 +71,7 @@ def save_model(
 
     Raises:
         TypeError: Settings or lineage are not plain JSON.
+        OSError: The disk is full, or will not have it.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -83,8 +83,7 @@ def save_model(
     }
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        with temporary.open("wb") as file:  # given a name, torch would write that into the file
-            torch.save(content, file)
+        write_torch_file(content, temporary)
         sha256 = sha256_of_file(temporary)
         temporary.replace(path)
     return sha256

@@ -1,4 +1,4 @@
-"""What `torch.save` wrote, read without running any of it.
+"""Files of tensors: written, and read without running any of what is in them.
 
 Weights, model files and checkpoints come from buckets, registries and the web. The format is a pickle in a zip, either
 of which can be made to do what its maker likes: `weights_only` refuses code, and the rest is refused here.
@@ -39,6 +39,19 @@ def read_torch_file(path: Path, *, device: torch.device | str = "cpu") -> Any:
     return content
 
 
+def write_torch_file(content: Any, path: Path) -> None:
+    """Write tensors and plain values.
+
+    Raises:
+        OSError: The disk is full, or will not have it.
+    """
+    with path.open("wb") as file:  # torch would write the name into the file, if it were given one
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's own, about what became of an archive that could not be written
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
 def _check_archive(path: Path) -> None:
     """A zip's members lie in it as they are: torch never compresses, and a compressed one may be of any size."""
     try:
@@ -66,24 +79,27 @@ def _reason(error: Exception) -> str:
 
 
 def _check_values(content: Any) -> None:
-    """Every tensor has all of its numbers, and containers hold nothing but tensors and plain values."""
-    waiting, count = [content], 0
+    """Every tensor has all of its numbers, all finite, and containers hold nothing but tensors and plain values."""
+    waiting, count = [("", content)], 0
     while waiting:
-        value = waiting.pop()
+        name, value = waiting.pop()
         count += 1
         if count > _MAX_VALUES:  # a list may be in itself, or twice in each of a chain of lists
             raise ValueError(f"it holds more than {_MAX_VALUES} values")
         if isinstance(value, Tensor):
-            _check_tensor(value)
+            _check_tensor(name, value)
         elif isinstance(value, dict):
-            waiting += [*value.keys(), *value.values()]
+            waiting += [("", key) for key in value]
+            waiting += [(f"{name}.{key}" if name else str(key), each) for key, each in value.items()]
         elif isinstance(value, list | tuple):
-            waiting += value
+            waiting += [(f"{name}[{index}]", each) for index, each in enumerate(value)]
 
 
-def _check_tensor(tensor: Tensor) -> None:
+def _check_tensor(name: str, tensor: Tensor) -> None:
     # A tensor may say that it has a billion numbers, all of them the one that is stored.
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise ValueError("a tensor that is sparse, quantised or without numbers")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} with fewer numbers than that")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name:.200} has values that are NaN or infinite")

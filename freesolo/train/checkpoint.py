@@ -14,9 +14,10 @@ import torch
 
 from freesolo.data.documents import canonical_digest, parse_json
 from freesolo.data.order import StreamState
+from freesolo.data.stores import explained
 from freesolo.errors import JobError, UsageError
 from freesolo.models.download import sha256_of_file
-from freesolo.models.torch_file import read_torch_file
+from freesolo.models.torch_file import read_torch_file, write_torch_file
 from freesolo.settings import Settings
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress
@@ -39,8 +40,16 @@ def save_checkpoint(folder: Path, learner: Learner, progress: Progress, settings
         progress: Step, what of the data has been consumed, bad samples.
         settings: The resolved configuration.
         git_commit: Of the code that runs.
+
+    Raises:
+        JobError: The disk is full.
     """
-    torch.save(learner.state_dict(), folder / _WEIGHTS)
+    with explained(str(folder)):
+        write_torch_file(learner.state_dict(), folder / _WEIGHTS)
+        _write_record(folder, progress, settings, git_commit)
+
+
+def _write_record(folder: Path, progress: Progress, settings: Settings, git_commit: str) -> None:
     record = {
         "format_version": FORMAT_VERSION,
         "step": progress.step,
@@ -55,50 +64,56 @@ def save_checkpoint(folder: Path, learner: Learner, progress: Progress, settings
     (folder / _PROGRESS).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
-def load_checkpoint(folder: Path, learner: Learner) -> Progress:
+def load_checkpoint(folder: Path, learner: Learner, *, name: str | None = None) -> Progress:
     """Put the learner into the state that was saved; one that cannot be used leaves the learner as it was.
+
+    Args:
+        folder: With the checkpoint's files.
+        learner: Of the same architecture as the one that was saved.
+        name: The checkpoint's in errors; None: the folder's.
 
     Raises:
         DamagedCheckpointError: A file is missing, or not the one that was saved.
         UsageError: The checkpoint is of another architecture or of another format.
     """
-    record = _read_record(folder)
+    name = name or str(folder)
+    record = _read_record(folder, name)
     try:
         state = read_torch_file(folder / _WEIGHTS, device=learner.device)
     except ValueError as error:
-        raise DamagedCheckpointError(f"checkpoint {folder}: {_WEIGHTS} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"checkpoint {name}: {_WEIGHTS} cannot be read: {error}") from error
     try:
         learner.load_state_dict(state)
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         first = str(error).split("\n")[1 if "\n" in str(error) else 0].strip()
-        raise UsageError(f"checkpoint {folder}: of another architecture than this run's settings: {first}") from error
+        raise UsageError(f"checkpoint {name}: of another architecture than this run's settings: {first}") from error
     return Progress(record["step"], StreamState.from_json(record["stream"]), record["bad_samples"])
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path, name: str) -> dict[str, Any]:
     """`progress.json`, when it and what it names are as they were saved."""
     try:
         record: dict[str, Any] = parse_json((folder / _PROGRESS).read_bytes())
         version, digest = record["format_version"], record.pop("digest", None)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedCheckpointError(f"checkpoint {folder}: {_PROGRESS} cannot be read ({error})") from error
+        raise DamagedCheckpointError(f"checkpoint {name}: {_PROGRESS} cannot be read ({error})") from error
     if version != FORMAT_VERSION:
         raise UsageError(
-            f"checkpoint {folder}: written in format {version}, this freesolo reads {FORMAT_VERSION}; go on with the "
+            f"checkpoint {name}: written in format {version}, this freesolo reads {FORMAT_VERSION}; go on with the "
             "freesolo that wrote it, or choose another --run-name"
         )
     if digest != canonical_digest(record):
-        raise DamagedCheckpointError(f"checkpoint {folder}: {_PROGRESS} was altered")
-    _check_fields(folder, record)
-    for name, sha256 in record["sha256"].items():
-        if not (folder / name).is_file():
-            raise DamagedCheckpointError(f"checkpoint {folder}: {name} is missing")
-        if sha256_of_file(folder / name) != sha256:
-            raise DamagedCheckpointError(f"checkpoint {folder}: {name} is not what was saved: cut short or altered")
+        raise DamagedCheckpointError(f"checkpoint {name}: {_PROGRESS} was altered")
+    _check_fields(name, record)
+    for file, sha256 in record["sha256"].items():
+        if not (folder / file).is_file():
+            raise DamagedCheckpointError(f"checkpoint {name}: {file} is missing")
+        if sha256_of_file(folder / file) != sha256:
+            raise DamagedCheckpointError(f"checkpoint {name}: {file} is not what was saved: cut short or altered")
     return record
 
 
-def _check_fields(folder: Path, record: dict[str, Any]) -> None:
+def _check_fields(name: str, record: dict[str, Any]) -> None:
     """See that what a run goes on from is what `save_checkpoint` writes, however its digest came to be right."""
     counts = [record.get("step"), record.get("bad_samples")]
     try:
@@ -107,4 +122,4 @@ def _check_fields(folder: Path, record: dict[str, Any]) -> None:
     except (KeyError, TypeError, ValueError, AttributeError):
         whole = False
     if not whole:
-        raise DamagedCheckpointError(f"checkpoint {folder}: {_PROGRESS} is not what this freesolo writes")
+        raise DamagedCheckpointError(f"checkpoint {name}: {_PROGRESS} is not what this freesolo writes")

@@ -130,13 +130,14 @@ def train(
         learner.task.after_step(step)
 
         done = step + 1
-        decision = recorder.decide() if tally.check(done, calls=recorder.calls()) else "go on"
+        decision = recorder.decide() if tally.check(done, gradient_norm, calls=recorder.calls()) else "go on"
         last = done == settings.steps
         if done % settings.log_every == 0 or last:
             recorder.metrics(done, {**tally.means(), "learning_rate": rate, "gradient_norm": float(gradient_norm)})
         if settings.overlay_every and (done % settings.overlay_every == 0 or last):
             recorder.picture(done, inputs)
         if done % settings.checkpoint_every == 0 or last or decision != "go on":
+            _check_weights(learner, done)
             seen = advance(progress.stream, done - progress.step, stream.samples, settings.batch_size, workers)
             recorder.checkpoint(Progress(done, seen, tally.bad_samples))
         if decision == "stop" and not last:
@@ -184,11 +185,12 @@ class _Tally:
         self._image_ids += image_ids
         self._bad_this_step += bad_samples
 
-    def check(self, step: int, *, calls: bool) -> bool:
+    def check(self, step: int, gradient_norm: Tensor, *, calls: bool) -> bool:
         """Share the step's losses among the workers, so that all stop together when one has to.
 
         Args:
             step: That was done.
+            gradient_norm: Its gradients'.
             calls: Whether this worker calls for a decision.
 
         Returns:
@@ -198,13 +200,16 @@ class _Tally:
         count = len(self._micro_losses)
         sums = [torch.stack([losses[name] for losses in self._micro_losses]).sum() / count for name in names]
         counted = torch.tensor([self._bad_this_step, calls], dtype=torch.float32, device=sums[0].device)
-        shared = torch.cat([torch.stack(sums).float(), counted])
-        *means, bad, called = (sum_over_workers(shared) / world_size()).tolist()
-        if not np.isfinite(means).all():
-            finite_here = bool(shared.isfinite().all())
+        shared = torch.cat([torch.stack([*sums, gradient_norm]).float(), counted])
+        *means, norm, bad, called = (sum_over_workers(shared) / world_size()).tolist()
+        if not np.isfinite([*means, norm]).all():
+            # The losses may be finite where their gradients are not; those have been averaged, and are nobody's own.
+            finite_here = bool(torch.stack(sums).isfinite().all()) and not np.isfinite(means).all()
             culprits = from_all_workers([] if finite_here else self._image_ids)
-            values = ", ".join(f"{name}={mean:g}" for name, mean in zip(names, means, strict=True))
-            raise JobError(f"step {step}: a loss is not finite ({values}); image ids of the batch: {culprits}")
+            everything = zip([*names, "gradient norm"], [*means, norm], strict=True)
+            values = ", ".join(f"{name}={value:g}" for name, value in everything)
+            what = "the gradient" if np.isfinite(means).all() else "a loss"
+            raise JobError(f"step {step}: {what} is not finite ({values}); image ids of the batch: {culprits}")
         self.bad_samples += round(bad * world_size())
         allowed = self._max_bad_samples * max(self._samples, step * self._settings.batch_size)
         if self.bad_samples > allowed:
@@ -229,6 +234,18 @@ class _Tally:
         values["bad_samples"] = float(self.bad_samples)
         self._losses, self._steps, self._waited, self._since = {}, 0, 0.0, time.perf_counter()
         return values
+
+
+def _check_weights(learner: Learner, step: int) -> None:
+    """See that what will be saved is worth going on from; the same on every worker.
+
+    Raises:
+        JobError: A weight is not finite; names its tensor.
+    """
+    names, weights = zip(*learner.task.module.named_parameters(), strict=True)
+    finite = torch.stack([weight.detach().isfinite().all() for weight in weights]).tolist()
+    if not all(finite):
+        raise JobError(f"step {step}: {names[finite.index(False)]} is not finite any more; nothing was saved")
 
 
 def _generator(*numbers: int, device: torch.device) -> torch.Generator:

@@ -1,15 +1,19 @@
-"""Where Ray Train keeps checkpoints: its own way to the store is pyarrow's, with tries that last as long as ours.
+"""Where Ray Train keeps checkpoints: its own way to the store is pyarrow's, here with tries that last as long as ours.
 
-Without this a worker gives a checkpoint up after three tries, at most three seconds: that is what is left of pyarrow's
+Without these a worker gives a checkpoint up after three tries, at most three seconds: that is what is left of pyarrow's
 patience when it has been pickled. Each blink of a store would cost the training a restart of all its workers.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, S3FileSystem
+from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, LocalFileSystem, S3FileSystem
+from ray.train import Checkpoint
 
 from freesolo.data.files import is_local
 from freesolo.data.stores import CONNECT_TIMEOUT, READ_TIMEOUT
@@ -45,3 +49,21 @@ def checkpoint_storage(url: str) -> tuple[str, FileSystem | None]:
     )  # all that was read from the URL and the environment, the bucket's region for one
     options |= {"connect_timeout": CONNECT_TIMEOUT, "request_timeout": READ_TIMEOUT}
     return path, _PatientS3(options)
+
+
+@contextmanager
+def checkpoint_files(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A checkpoint's files in a folder: where they are, on a disk of this machine, or else copied, for this process.
+
+    Not by `Checkpoint.as_directory`: all workers of a node share what that fetches, and one that comes late fetches it
+    again over what the others are reading.
+
+    Raises:
+        OSError: The store failed, or the disk is full.
+    """
+    if isinstance(checkpoint.filesystem, LocalFileSystem):
+        yield Path(checkpoint.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="freesolo-checkpoint-") as folder:
+        checkpoint.to_directory(folder)
+        yield Path(folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import tempfile
 import threading
@@ -52,7 +53,7 @@ from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, s
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
 from freesolo.train.steps_shown import steps_shown
-from freesolo.train.storage import checkpoint_storage
+from freesolo.train.storage import checkpoint_files, checkpoint_storage
 
 _LOG = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -259,8 +260,8 @@ def _go_on(learner: Learner) -> tuple[Progress, frozenset[str]]:
 
 
 def _load(checkpoint: Checkpoint, learner: Learner) -> Progress:
-    with checkpoint.as_directory() as folder:
-        return load_checkpoint(Path(folder), learner)
+    with checkpoint_files(checkpoint) as folder:
+        return load_checkpoint(folder, learner, name=checkpoint.path)
 
 
 class _RunRecorder:
@@ -294,12 +295,22 @@ class _RunRecorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if self._leads:
-            self._best.close()
-            self._journal.flush()
-            delivery = self._witness.close("FINISHED" if error is None else "FAILED")
-            self._journal.close()
-            self.undelivered = str(delivery) if delivery.reason is not None else None
+        if not self._leads:
+            return
+        try:
+            self._close("FINISHED" if error is None else "FAILED")
+        except (UsageError, JobError) as another:
+            # What this worker alone met must not take the place of what all of them know.
+            if error is None:
+                raise
+            _LOG.warning("%s", another)
+
+    def _close(self, status: Literal["FINISHED", "FAILED"]) -> None:
+        self._best.close()
+        self._journal.flush()
+        delivery = self._witness.close(status)
+        self._journal.close()
+        self.undelivered = str(delivery) if delivery.reason is not None else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.last_metrics = values
@@ -346,12 +357,12 @@ class _RunRecorder:
         """Save the model too at the last step: what comes after training needs no checkpoint.
 
         Raises:
-            RuntimeError: The store failed for too long. Worker 0 meets that alone, while the others wait for it: so it
-                is no result, but a failure, after which Ray starts all of them again.
+            RuntimeError: The store failed for too long, or a disk is full. Worker 0 meets that alone, while the others
+                wait for it: so it is no result, but a failure, after which Ray starts all of them again.
         """
         try:
             self._checkpoint(progress)
-        except (UsageError, JobError) as error:
+        except (UsageError, JobError, OSError) as error:
             raise RuntimeError(f"step {progress.step} could not be saved: {error}") from error
 
     def _checkpoint(self, progress: Progress) -> None:
@@ -374,8 +385,12 @@ class _RunRecorder:
                 write_atomic(self._plan.model_url, Path(file.name).read_bytes())
         # Uploaded while training goes on. Ray knows of a checkpoint when all of it is there, and goes on from no other.
         folder = tempfile.mkdtemp(prefix="freesolo-checkpoint-")
-        commit = git_commit() or code_version()
-        save_checkpoint(Path(folder), self._training.learner, progress, self._plan.job, commit)
+        try:
+            commit = git_commit() or code_version()
+            save_checkpoint(Path(folder), self._training.learner, progress, self._plan.job, commit)
+        except (UsageError, JobError):
+            shutil.rmtree(folder)
+            raise
         if self._losses:
             self._best.offer(Path(folder), name, sum(self._losses) / len(self._losses))
             self._losses = []

@@ -120,6 +120,14 @@ class Submission:
     process: subprocess.Popen[str]
     log: Path
 
+    def until(self, happened: Callable[[], object], *, what: str, seconds: float = 300.0) -> None:
+        """Wait until something is true, as long as the job has not failed."""
+        wait_for(lambda: happened() or self._failed(), what=what, seconds=seconds)
+        assert not self._failed(), f"the job failed before {what}: {self.log.read_text()[-8000:]}"
+
+    def _failed(self) -> bool:
+        return self.process.poll() not in (None, 0)
+
     def fails(self, *, seconds: float = 300.0) -> str:
         """Wait for its end, which must be a failure; its logs."""
         assert self.process.wait(seconds) != 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pyarrow.fs import FileSystem, copy_files
+from ray.train import Checkpoint
 from s3fs import S3FileSystem
 
 from freesolo.data import files, retry, stores
@@ -18,7 +19,7 @@ from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.data.shards import DatasetManifest, ShardError, read_dataset_manifest, read_shard
 from freesolo.errors import JobError, UsageError
-from freesolo.train.storage import checkpoint_storage
+from freesolo.train.storage import checkpoint_files, checkpoint_storage
 from tests.faults import FaultyProxy, Kind
 
 pytestmark = pytest.mark.timeout(120)
@@ -293,3 +294,17 @@ def test_checkpoints_outlast_what_pyarrow_does_not(bucket: str, proxy: FaultyPro
     copy_files(str(tmp_path), path, destination_filesystem=store, use_threads=False)
     assert fault.hits > 1
     assert files.read_bytes(f"{bucket}/run/pretrain/learner.pt") == DATA
+
+
+def test_workers_of_a_node_read_a_checkpoint_each_from_files_of_its_own(bucket: str, tmp_path: Path) -> None:
+    """Ray would have them share what the first of them fetched, and the second fetch it again over it."""
+    files.write_atomic(f"{bucket}/step-1/learner.pt", b"weights")
+    path, store = checkpoint_storage(f"{bucket}/step-1")
+    checkpoint = Checkpoint(path, filesystem=store)
+    with checkpoint_files(checkpoint) as first, checkpoint_files(checkpoint) as second:
+        assert first != second
+        assert (first / "learner.pt").read_bytes() == (second / "learner.pt").read_bytes() == b"weights"
+    assert not first.exists()
+    assert not second.exists()
+    with checkpoint_files(Checkpoint(str(tmp_path))) as here:
+        assert here == tmp_path

@@ -345,6 +345,42 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     torch.testing.assert_close(results[2], results[0])
 
 
+class Cliff(Regression):
+    """A loss of 0, with gradients without end."""
+
+    def forward(self, batch: SegmentationBatch, step: int) -> dict[str, Tensor]:
+        return {"cliff": (self.weight - self.weight.detach()).sqrt().sum()}
+
+
+def test_gradients_that_are_not_finite_stop_the_run_though_the_loss_is_finite() -> None:
+    loop = LoopSettings(steps=1, batch_size=4)
+    learner = Learner(Unaugmented(Cliff()), loop, OPTIMIZER, torch.device("cpu"))
+    kept = Kept(learner)
+    with pytest.raises(
+        JobError, match=r"^step 1: the gradient is not finite \(cliff=0, gradient norm=inf\); image ids"
+    ):
+        train(learner, Drawn(), loop, OPTIMIZER, kept)
+    assert kept.saved == []
+
+
+@dataclass
+class Poisoning(Kept):
+    """Makes a weight NaN when it is told of the metrics: after the losses were looked at."""
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        with torch.no_grad():
+            self.learner.task.module.weight[1] = float("nan")
+
+
+def test_weights_that_are_not_finite_are_not_saved() -> None:
+    loop = LoopSettings(steps=1, batch_size=4)
+    learner = Learner(Unaugmented(Regression()), loop, OPTIMIZER, torch.device("cpu"))
+    kept = Poisoning(learner)
+    with pytest.raises(JobError, match=r"^step 1: weight is not finite any more; nothing was saved$"):
+        train(learner, Drawn(), loop, OPTIMIZER, kept)
+    assert kept.saved == []
+
+
 def test_the_average_follows_the_weights_and_is_what_is_kept() -> None:
     loop = settings(steps=3, ema_decay=0.5)
     learner = learner_for(loop)
@@ -390,6 +426,17 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(
     with pytest.raises(DamagedCheckpointError, match=rf"^checkpoint {tmp_path}: {reason}"):
         load_checkpoint(tmp_path, learner)
     assert all(torch.equal(value, before[key]) for key, value in learner.task.module.state_dict().items())
+
+
+def test_a_checkpoint_with_nan_in_it_is_a_damaged_one(tmp_path: Path) -> None:
+    loop = settings()
+    spoiled = learner_for(loop, seed=1)
+    with torch.no_grad():
+        spoiled.task.module.segmenter.backbone.conv1.weight[0, 0, 0, 0] = float("nan")
+    save_checkpoint(tmp_path, spoiled, Progress(step=3), JOB, "commit")
+    reason = r"learner.pt cannot be read: module.segmenter.backbone.conv1.weight has values that are NaN or infinite$"
+    with pytest.raises(DamagedCheckpointError, match=rf"^checkpoint {tmp_path}: {reason}"):
+        load_checkpoint(tmp_path, learner_for(loop))
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:

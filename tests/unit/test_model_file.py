@@ -12,6 +12,7 @@ import torch
 from freesolo.errors import UsageError
 from freesolo.models.download import sha256_of_file
 from freesolo.models.model_file import load_model, save_model
+from freesolo.models.torch_file import write_torch_file
 from freesolo.models.weights import read_state_dict
 from freesolo.settings import SoloModelSettings
 
@@ -161,6 +162,21 @@ def test_a_tensor_with_fewer_numbers_than_its_shape_is_refused(tmp_path: Path) -
         torch.save({"state_dict": {"w": tensor}}, path)
         with pytest.raises(UsageError, match=r"fewer numbers than that|sparse, quantised or without numbers"):
             read_state_dict(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "spoiled.pt"
+    torch.save({"state_dict": {"bn.running_var": torch.tensor([1.0, value]), "w": torch.zeros(2)}}, path)
+    with pytest.raises(UsageError, match=r"state_dict\.bn\.running_var has values that are NaN or infinite"):
+        read_state_dict(path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_called_one() -> None:
+    """torch itself reports a position in an archive."""
+    with pytest.raises(OSError, match="No space left on device"):
+        write_torch_file({"w": torch.zeros(10**6)}, Path("/dev/full"))
 
 
 def test_a_list_in_itself_is_refused(tmp_path: Path) -> None:
