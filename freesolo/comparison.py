@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from freesolo.data.coco import ground_truth, sample_labels
-from freesolo.data.labels import ImageLabels, read_label_file, read_labels_of
+from freesolo.data.labels import ImageLabels, LabelSet, read_label_file, read_labels_of
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
@@ -50,7 +50,10 @@ def compare(dataset: str, label_sets: Mapping[str, str], *, gallery_images: int)
     """
     manifest = check_comparable(dataset, label_sets)
     truth = ground_truth(dataset)
-    rows = {name: evaluate_class_agnostic(truth, _detections(url, manifest)) for name, url in label_sets.items()}
+    rows = {
+        name: evaluate_class_agnostic(truth, _detections(read_labels_of(url, manifest)))
+        for name, url in label_sets.items()
+    }
     return Comparison(manifest.digest, rows, gallery(dataset, label_sets, images=gallery_images))
 
 
@@ -75,15 +78,19 @@ def gallery(dataset: str, label_sets: Mapping[str, str], *, images: int) -> tupl
         dataset: URL of a data set.
         label_sets: A URL for each name, in the order of the layers.
         images: How many photos, at most.
+
+    Raises:
+        UsageError: A label set is of another data set.
     """
     manifest = read_dataset_manifest(dataset)
+    opened = {name: read_labels_of(url, manifest) for name, url in label_sets.items()}
     photos: list[GalleryPhoto] = []
-    for shard in manifest.shards:
+    for number, shard in enumerate(manifest.shards):
         if len(photos) >= images:
             break
         by_key = {
-            name: {labels.key: labels for labels in read_label_file(url, shard.name)}
-            for name, url in label_sets.items()
+            name: {labels.key: labels for labels in read_label_file(label_set.url, label_set.manifest.files[number])}
+            for name, label_set in opened.items()
         }
         for sample in read_shard(dataset, shard):
             if len(photos) >= images:
@@ -99,9 +106,9 @@ def gallery(dataset: str, label_sets: Mapping[str, str], *, images: int) -> tupl
     return tuple(photos)
 
 
-def _detections(url: str, manifest: DatasetManifest) -> Iterator[Detections]:
-    for shard in manifest.shards:
-        for labels in read_label_file(url, shard.name):
+def _detections(label_set: LabelSet) -> Iterator[Detections]:
+    for file in label_set.manifest.files:
+        for labels in read_label_file(label_set.url, file):
             yield Detections(
                 image_id=labels.image_id,
                 rles=[instance.rle for instance in labels.instances],

@@ -25,10 +25,11 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.exceptions import RayTaskError
 
-from freesolo.data.labels import ImageLabels, LabelFileError, read_label_file
+from freesolo.data.labels import LabelSet
 from freesolo.data.order import Order, Piece, StreamState, worker_pieces
 from freesolo.data.pack import PackedShard, ShardTask, check_skipped, finish_data_set, pack_shard, packing
-from freesolo.data.shards import DatasetManifest, Sample, ShardError, ShardInfo, read_shard
+from freesolo.data.reading import PieceReader
+from freesolo.data.shards import DatasetManifest, Sample
 from freesolo.data.sources import PhotoCollection
 from freesolo.data.views import Row, View
 from freesolo.errors import JobError, UsageError
@@ -38,7 +39,6 @@ from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 # What one decode task gets. Much smaller than Ray's default of 128 MiB, so that the samples of one shard are decoded in
 # parallel and little waits in the object store.
 BLOCK_BYTES = 4 * 2**20
-SAMPLES_PER_READ_BLOCK = 16
 # Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
 PIECES_PER_EXECUTION = 2000
 
@@ -47,7 +47,12 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """A sample that could not be used, and why."""
+    """A sample that could not be used, and why.
+
+    Attributes:
+        key: The sample's, or its shard's name where the sample was not reached.
+        reason: In a few words.
+    """
 
     key: str
     reason: str
@@ -68,7 +73,7 @@ class TrainingStream(Generic[Batch]):
     Attributes:
         dataset_url: Of the data set.
         manifest: Its manifest.
-        labels_url: Label set to join, shard by shard; None: the data set's own annotations, where the view wants any.
+        labels: Label set to join, shard by shard; None: the data set's own annotations, where the view wants any.
         view: How a sample becomes a row and rows become a batch.
         order: The order of epochs.
         batch_size: Samples of an optimiser step, all workers together.
@@ -79,7 +84,7 @@ class TrainingStream(Generic[Batch]):
 
     dataset_url: str
     manifest: DatasetManifest
-    labels_url: str | None
+    labels: LabelSet | None
     view: View[Batch]
     order: Order
     batch_size: int
@@ -114,7 +119,7 @@ class TrainingStream(Generic[Batch]):
     def _rows(self, pieces: Iterator[Piece]) -> Iterator[Row]:
         while chunk := [piece for _, piece in zip(range(PIECES_PER_EXECUTION), pieces, strict=False)]:
             dataset = ray.data.read_datasource(
-                Readers([partial(_read_piece, self, piece) for piece in chunk], [len(piece) for piece in chunk]),
+                Readers([self._reader(piece).tables for piece in chunk], [len(piece) for piece in chunk]),
                 override_num_blocks=len(chunk),
                 num_cpus=0.5,  # waits for storage; also keeps it from fusing with decoding
             ).map_batches(partial(_view_block, self.view), batch_size=None, batch_format="pyarrow", num_cpus=1)
@@ -125,6 +130,17 @@ class TrainingStream(Generic[Batch]):
                     yield from table.to_pylist()
             except RayTaskError as error:
                 raise cause_of(error) from None
+
+    def _reader(self, piece: Piece) -> PieceReader:
+        numbers = piece.window.shards
+        return PieceReader(
+            dataset_url=self.dataset_url,
+            shards=tuple(self.manifest.shards[number] for number in numbers),
+            labels_url=None if self.labels is None else self.labels.url,
+            label_files=() if self.labels is None else tuple(self.labels.manifest.files[number] for number in numbers),
+            piece=piece,
+            bounds=self.bounds,
+        )
 
     def _collate(self, rows: list[Row]) -> StreamBatch[Batch]:
         bad = tuple(BadSample(row["key"], row["error"]) for row in rows if row["error"])
@@ -219,72 +235,6 @@ def cause_of(error: RayTaskError) -> BaseException:
     return cause
 
 
-def _read_piece(stream: TrainingStream[Batch], piece: Piece) -> Iterator[pa.Table]:
-    """The samples of a piece with their labels, pickled, in the piece's order; runs in a Ray task.
-
-    What cannot be read comes as an error in its place, and the reader of the stream decides.
-    """
-    places = stream.order.permutation(piece.window)[piece.start : piece.stop].tolist()
-    records: dict[int, bytes | str] = {}
-    first = 0
-    for index in piece.window.shards:
-        shard = stream.manifest.shards[index]
-        wanted = [place - first for place in places if first <= place < first + shard.samples]
-        found = _read_members(stream, shard, wanted) if wanted else {}
-        records |= {first + member: record for member, record in found.items()}
-        first += shard.samples
-    seed = [stream.order.seed, piece.window.epoch]
-    for start in range(0, len(places), SAMPLES_PER_READ_BLOCK):
-        block = [records[place] for place in places[start : start + SAMPLES_PER_READ_BLOCK]]
-        yield pa.table(
-            {
-                "payload": pa.array([record if isinstance(record, bytes) else None for record in block], pa.binary()),
-                "error": pa.array([record if isinstance(record, str) else None for record in block], pa.string()),
-                "seed": pa.array([seed] * len(block), pa.list_(pa.int64())),
-            }
-        )
-
-
-def _read_members(stream: TrainingStream[Batch], shard: ShardInfo, wanted: Sequence[int]) -> dict[int, bytes | str]:
-    """Some samples of a shard, each pickled with its labels, or the reason why it cannot be used.
-
-    A shard that ends early costs what is missing, one that was altered costs all: nobody can tell which of its samples
-    are as they were. A label file that cannot be read costs its shard's samples, and a record that it lacks costs one:
-    a data set's annotations never stand in for the labels that a training was asked to use.
-    """
-    found: dict[int, bytes | str] = {}
-    chosen, read = set(wanted), 0
-    try:
-        labels = None if stream.labels_url is None else _labels_by_key(stream.labels_url, shard.name)
-        for member, sample in enumerate(read_shard(stream.dataset_url, shard, bounds=stream.bounds)):
-            read += 1
-            if member not in chosen:
-                continue
-            found[member] = _with_labels(sample, labels, f"{shard.name} of {stream.labels_url}")
-    except (ShardError, LabelFileError) as error:
-        kept = found if read < shard.samples else {}
-        return {member: kept.get(member, str(error)) for member in wanted}
-    return found
-
-
-def _with_labels(sample: Sample, labels: dict[str, ImageLabels] | None, source: str) -> bytes | str:
-    """A sample and its labels, pickled for the next task, or why they cannot be used."""
-    if sample.error is not None:
-        return f"{sample.key}: {sample.error}"
-    if labels is None:
-        return pickle.dumps((sample, None))
-    record = labels.get(sample.key)
-    if record is None:
-        return f"{sample.key} has no record in {source}"
-    if record.error is None and (record.height, record.width) != (sample.height, sample.width):
-        return f"{sample.key} is {record.width} x {record.height} pixels in {source}"
-    return pickle.dumps((sample, record))
-
-
-def _labels_by_key(labels_url: str, shard_name: str) -> dict[str, ImageLabels]:
-    return {labels.key: labels for labels in read_label_file(labels_url, shard_name)}
-
-
 def _view_block(view: View[Batch], block: pa.Table) -> pa.Table:
     """Decode and crop the samples of a block; runs in a Ray task."""
     rows = [_view_row(view, record) for record in block.to_pylist()]
@@ -293,7 +243,7 @@ def _view_block(view: View[Batch], block: pa.Table) -> pa.Table:
 
 def _view_row(view: View[Batch], record: Row) -> Row:
     if record["error"]:
-        return {"key": "?", "error": record["error"]}
+        return {"key": record["key"], "error": record["error"]}
     sample: Sample
     sample, labels = pickle.loads(record["payload"])
     # A sample's augmentation depends on the seed, the epoch and the sample, not on who reads it or when.

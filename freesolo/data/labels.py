@@ -42,6 +42,7 @@ __all__ = [  # the records are part of what a label set is, wherever they are de
     "LabelKind",
     "LabelManifest",
     "LabelPlan",
+    "LabelSet",
     "LabelledInstance",
     "begin_label_set",
     "check_label_set",
@@ -177,6 +178,14 @@ class LabelManifest:
 
     def _raw(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """A label set and where it is."""
+
+    url: str
+    manifest: LabelManifest
 
 
 def begin_label_set(url: str, plan: LabelPlan) -> None:
@@ -317,25 +326,28 @@ def read_label_manifest(url: str) -> LabelManifest:
         raise UsageError(f"{location}: {error}") from error
 
 
-def read_label_file(url: str, name: str) -> list[ImageLabels]:
+def read_label_file(url: str, file: LabelFile) -> list[ImageLabels]:
     """The labels of one shard's images, in the shard's order.
 
     Args:
         url: The label set.
-        name: The image shard's name.
+        file: As its manifest has it.
 
     Raises:
-        LabelFileError: The file is missing or damaged; names it.
+        LabelFileError: The file is missing, damaged, or not the one of the manifest; names it.
         UsageError, JobError: The store refuses, or cannot be reached.
     """
-    location = _file_url(url, name)
+    location = _file_url(url, file.name)
     if not files.exists(location):
         raise LabelFileError(f"{location}: the label file is missing; was the label set made for this data set?")
-    return decode_labels(read_document(location), location)
+    data = read_document(location)
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise LabelFileError(f"{location}: its sha256 is not the manifest's: altered since the label set was made")
+    return decode_labels(data, location)
 
 
-def read_labels_of(url: str, dataset: DatasetManifest) -> LabelManifest:
-    """The manifest of the label set at `url`, which must be of the images of `dataset`.
+def read_labels_of(url: str, dataset: DatasetManifest) -> LabelSet:
+    """The label set at `url`, which must be of the images of `dataset`.
 
     Raises:
         UsageError: As `read_label_manifest`, or the label set was made for another data set.
@@ -346,17 +358,19 @@ def read_labels_of(url: str, dataset: DatasetManifest) -> LabelManifest:
         check_labels_match(labels, dataset)
     except UsageError as error:
         raise UsageError(f"{url}: {error}") from error
-    return labels
+    return LabelSet(url, labels)
 
 
 def check_labels_match(labels: LabelManifest, dataset: DatasetManifest) -> None:
     """Refuse labels of other images.
 
     Raises:
-        UsageError: The label set was made for another data set.
+        UsageError: The label set was made for another data set, or has not one file for each of its shards, in order.
     """
     if labels.plan.dataset_digest != dataset.digest:
         raise UsageError(_other_dataset(labels.plan))
+    if [file.name for file in labels.files] != [shard.name for shard in dataset.shards]:
+        raise UsageError("a damaged manifest: its files are not those of the data set's shards; make the labels again")
 
 
 def _other_dataset(plan: LabelPlan) -> str:

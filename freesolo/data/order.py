@@ -90,10 +90,15 @@ class Pass:
 class Window:
     """Shards whose samples are mixed with one another; `index` counts an epoch's windows."""
 
+    seed: int
     epoch: int
     index: int
     shards: tuple[int, ...]
     samples: int
+
+    def permutation(self) -> np.ndarray:
+        """Which of its samples (its shards' samples, concatenated) comes at each place, `(samples,)`."""
+        return np.random.default_rng([self.seed, self.epoch, self.index]).permutation(self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +137,9 @@ class Order:
         permuted = np.random.default_rng([self.seed, epoch]).permutation(len(self.shard_samples)).tolist()
         groups = [permuted[i : i + self.window_shards] for i in range(0, len(permuted), self.window_shards)]
         return [
-            Window(epoch, index, tuple(shards), sum(self.shard_samples[shard] for shard in shards))
+            Window(self.seed, epoch, index, tuple(shards), sum(self.shard_samples[shard] for shard in shards))
             for index, shards in enumerate(groups)
         ]
-
-    def permutation(self, window: Window) -> np.ndarray:
-        """Which of the window's samples (its shards' samples, concatenated) comes at each place, `(samples,)`."""
-        return np.random.default_rng([self.seed, window.epoch, window.index]).permutation(window.samples)
 
     def pieces(self, spans: tuple[Span, ...]) -> Iterator[Piece]:
         """The pieces of windows that hold the positions of `spans`, in order."""

@@ -209,7 +209,7 @@ class _Unreadable:
         """
         for file in label_files:
             if file.unreadable:
-                self.add(read_label_file(self._job.labels_url, file.name))
+                self.add(read_label_file(self._job.labels_url, file))
 
     def add(self, records: Sequence[ImageLabels]) -> None:
         """Count those of a shard.

@@ -100,7 +100,7 @@ def _build(
     stream = TrainingStream(
         dataset_url=job.dataset,
         manifest=manifest,
-        labels_url=None,
+        labels=None,
         view=ContrastiveView(settings.views),
         order=Order(
             tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards

@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 
 from freesolo.config import TrainJob
 from freesolo.data.ingest import TrainingStream
-from freesolo.data.labels import LabelManifest, read_labels_of
+from freesolo.data.labels import LabelSet, read_labels_of
 from freesolo.data.order import Order
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest
 from freesolo.data.views import SegmentationView
@@ -48,7 +48,7 @@ class SegmenterInputs:
     """
 
     manifest: DatasetManifest
-    labels: LabelManifest | None
+    labels: LabelSet | None
     weights: InitialWeights | None
 
 
@@ -93,7 +93,7 @@ def train_segmenter(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder,
     metrics = run_training(plan, job.resources)
     counts = {"images": manifest.samples, "steps": job.train.loop.steps}
     if labels is not None:
-        counts["instances"] = labels.instances
+        counts["instances"] = labels.manifest.instances
     return StageResult(
         stage=folder.stage,
         seconds=time.monotonic() - started,
@@ -103,15 +103,15 @@ def train_segmenter(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder,
     )
 
 
-def _matching_labels(job: TrainJob, manifest: DatasetManifest) -> LabelManifest | None:
+def _matching_labels(job: TrainJob, manifest: DatasetManifest) -> LabelSet | None:
     if job.labels is None:
         if not manifest.annotated:
             raise UsageError(f"labels: {job.dataset} has no annotations of its own; give the URL of a label set")
         return None
     labels = read_labels_of(job.labels, manifest)
-    if labels.instances == 0:
+    if labels.manifest.instances == 0:
         raise UsageError(f"labels: {job.labels} holds no instance at all: nothing to train on; give another label set")
-    channels = labels.plan.settings.get("free_mask", {}).get("embedding_channels")
+    channels = labels.manifest.plan.settings.get("free_mask", {}).get("embedding_channels")
     if channels not in (None, job.train.model.embedding_channels):
         raise UsageError(
             f"train.model.embedding_channels={job.train.model.embedding_channels}: the embeddings of {job.labels} have "
@@ -123,7 +123,7 @@ def _matching_labels(job: TrainJob, manifest: DatasetManifest) -> LabelManifest 
 def _build(
     job: TrainJob,
     manifest: DatasetManifest,
-    labels: LabelManifest | None,
+    labels: LabelSet | None,
     weights: SharedWeights | None,
     device: torch.device,
 ) -> Training:
@@ -138,7 +138,7 @@ def _build(
     stream = TrainingStream(
         dataset_url=job.dataset,
         manifest=manifest,
-        labels_url=job.labels,
+        labels=labels,
         view=SegmentationView(settings.views, settings.model.embedding_channels),
         order=Order(
             tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
@@ -174,13 +174,13 @@ def _load_weights(segmenter: Segmenter, weights: InitialWeights) -> None:
 
 
 def _save_segmenter(
-    job: TrainJob, manifest: DatasetManifest, labels: LabelManifest | None, learner: Learner, path: Path
+    job: TrainJob, manifest: DatasetManifest, labels: LabelSet | None, learner: Learner, path: Path
 ) -> None:
     module = learner.best_module()
     assert isinstance(module, SoloTask)
     lineage = {"dataset": job.dataset, "dataset_digest": manifest.digest, "supervision": job.train.supervision}
     if labels is not None:
-        lineage |= {"labels": str(job.labels), "labels_digest": labels.digest}
+        lineage |= {"labels": str(job.labels), "labels_digest": labels.manifest.digest}
     state = {name: value.detach().cpu().contiguous() for name, value in module.segmenter.state_dict().items()}
     save_model(path, "segmenter", settings=job.train.model.model_dump(), state_dict=state, lineage=lineage)
 

@@ -171,8 +171,8 @@ def test_every_image_is_accounted_for_once(undisturbed: Path, dataset: Path) -> 
     assert manifest.plan.kind == "free-masks"
 
     found = 0
-    for shard in images.shards:
-        records = read_label_file(str(undisturbed), shard.name)
+    for shard, file in zip(images.shards, manifest.files, strict=True):
+        records = read_label_file(str(undisturbed), file)
         samples = list(read_shard(str(dataset), shard))
         assert [record.key for record in records] == [each.key for each in samples]
         assert [record.image_id for record in records] == [each.image_id for each in samples]
@@ -182,7 +182,8 @@ def test_every_image_is_accounted_for_once(undisturbed: Path, dataset: Path) -> 
         assert not any(record.instances for record in records if record.error)
         found += sum(len(record.instances) for record in records)
     assert found == manifest.instances > SHARDS * SAMPLES_PER_SHARD / 2
-    assert any(not record.instances and not record.error for record in read_label_file(str(undisturbed), shard_name(0)))
+    first = read_label_file(str(undisturbed), manifest.files[0])
+    assert any(not record.instances and not record.error for record in first)
 
 
 def test_the_masks_are_free_masks_of_the_photos(undisturbed: Path, dataset: Path, weights: Path) -> None:
@@ -194,7 +195,7 @@ def test_the_masks_are_free_masks_of_the_photos(undisturbed: Path, dataset: Path
     images = ImageBatch(pixels, torch.from_numpy(batch.sizes), tuple(entry.labels.image_id for entry in batch.readable))
     expected = label(images, [(entry.labels.height, entry.labels.width) for entry in batch.readable])
 
-    stored = read_label_file(str(undisturbed), shard.name)
+    stored = read_label_file(str(undisturbed), read_label_manifest(str(undisturbed)).files[0])
 
     assert sum(map(len, expected)) > 0
     for entry, instances in zip(batch.readable, expected, strict=True):

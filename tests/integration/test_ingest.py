@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from freesolo.data.labels import (
     LabelPlan,
     begin_label_set,
     finish_label_set,
+    read_label_manifest,
+    read_labels_of,
     write_label_file,
 )
 from freesolo.data.order import Order, StreamState, advance, worker_pieces
@@ -135,7 +138,7 @@ class Stored:
         return TrainingStream(
             dataset_url=str(self.dataset),
             manifest=self.manifest,
-            labels_url=str(self.labels) if labelled else None,
+            labels=read_labels_of(str(self.labels), self.manifest) if labelled else None,
             view=view,
             order=Order(SHARDS, seed=3, window_shards=2),
             batch_size=batch_size,
@@ -165,7 +168,7 @@ def ordered_ids(
     ids: list[int] = []
     for piece in worker_pieces(order, state, steps=steps, batch_size=batch_size, worker=worker, workers=workers):
         members = [starts[shard] + i for shard in piece.window.shards for i in range(SHARDS[shard])]
-        ids += [int(members[place]) for place in order.permutation(piece.window)[piece.start : piece.stop]]
+        ids += [int(members[place]) for place in piece.window.permutation()[piece.start : piece.stop]]
     return ids
 
 
@@ -257,6 +260,21 @@ def reshape_the_last_record(file: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
 
 
+def rename_the_last_record(file: Path) -> None:
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    rows[-1] |= {"key": "k99"}
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+
+
+def accept(labels: Path) -> None:
+    """Have the label set's manifest say what its first file has become."""
+    manifest = read_label_manifest(str(labels))
+    data = (labels / "shard-000000.parquet").read_bytes()
+    first = replace(manifest.files[0], bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (labels / "manifest.json").write_text(replace(manifest, files=(first, *manifest.files[1:])).to_json())
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something wrong with shard 0, which has images 0 to 4.
@@ -266,12 +284,14 @@ class Fault:
         labels: Whether to the labels'.
         lost: Images that cannot be used.
         reason: Why, in the words that a person is told.
+        accepted: Whether the label set's manifest was made after it.
     """
 
     apply: Callable[[Path], object]
     labels: bool
     lost: tuple[int, ...]
     reason: str
+    accepted: bool = False
 
 
 FAULTS = {
@@ -282,8 +302,18 @@ FAULTS = {
     "shard altered": Fault(turn_a_bit, False, (0, 1, 2, 3, 4), "shard-000000.tar: its sha256 is not the manifest's"),
     "labels gone": Fault(Path.unlink, True, (0, 1, 2, 3, 4), "shard-000000.parquet: the label file is missing"),
     "labels cut short": Fault(cut, True, (0, 1, 2, 3, 4), "shard-000000.parquet: "),
-    "a record of another size": Fault(reshape_the_last_record, True, (4,), "k04 is 64 x 16 pixels in shard-000000"),
-    "a record gone": Fault(drop_the_last_record, True, (4,), "k04 has no record in shard-000000"),
+    "labels altered": Fault(
+        drop_the_last_record, True, (0, 1, 2, 3, 4), "shard-000000.parquet: its sha256 is not the manifest's"
+    ),
+    "a record of another size": Fault(
+        reshape_the_last_record, True, (4,), "64 x 16 pixels in shard-000000", accepted=True
+    ),
+    "a record gone": Fault(drop_the_last_record, True, (4,), "no record in shard-000000", accepted=True),
+    "a record of an unknown image": Fault(
+        *(rename_the_last_record, True, (0, 1, 2, 3, 4)),
+        "labels of 1 unknown images, first: k99",
+        accepted=True,
+    ),
 }
 
 
@@ -291,9 +321,12 @@ FAULTS = {
 def test_what_cannot_be_read_is_named_and_replaced(name: str, tmp_path: Path) -> None:
     fault, whole = FAULTS[name], store(tmp_path)
     fault.apply(whole.labels / "shard-000000.parquet" if fault.labels else whole.dataset / "shard-000000.tar")
+    if fault.accepted:
+        accept(whole.labels)
     (batch,) = whole.segmentation_batches(steps=1, batch_size=SAMPLES)
     assert len(batch.bad) == len(fault.lost)
     assert all(fault.reason in bad.reason for bad in batch.bad), batch.bad
+    assert {bad.key for bad in batch.bad} <= {"shard-000000", *map(key, fault.lost)}
     assert set(batch.content.image_ids) == set(range(SAMPLES)) - set(fault.lost)
     assert len(batch.content) == SAMPLES, "copies of good ones fill the batch"
     assert not batch.content.instances.masks[:, ANNOTATED].any(), "annotations stood in for labels"
@@ -311,7 +344,7 @@ def test_samples_over_the_bounds_are_bad_ones(tmp_path: Path) -> None:
     whole = store(tmp_path)
     bounds = BoundsSettings(max_pixels=SIDE * SIDE - 1)
     stream = replace(whole.stream(SegmentationView(WEAK, CHANNELS), SAMPLES), bounds=bounds)
-    told = r"first: \?: k\d\d: 32 x 32 pixels are more than bounds\.max_pixels=1023 allows"
+    told = r"first: k\d\d: 32 x 32 pixels are more than bounds\.max_pixels=1023 allows"
     with pytest.raises(JobError, match=f"no usable sample in a batch; {told}"):
         list(stream.batches(StreamState(), steps=1))
 

@@ -113,7 +113,8 @@ def labels(make_job: MakeJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_all(labels: Path) -> list[ImageLabels]:
-    return [record for shard in range(SHARDS) for record in read_label_file(str(labels), shard_name(shard))]
+    manifest = read_label_manifest(str(labels))
+    return [record for file in manifest.files for record in read_label_file(str(labels), file)]
 
 
 def test_every_photo_has_what_the_segmenter_finds_in_it(labels: Path, model: Path) -> None:

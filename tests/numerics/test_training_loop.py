@@ -83,7 +83,7 @@ class Drawn:
 
     def _numbers(self, order: Order, piece: Any) -> list[int]:
         members = [n for shard in piece.window.shards for n in (range(4) if shard == 0 else range(4, 10))]
-        return [members[place] for place in order.permutation(piece.window)[piece.start : piece.stop]]
+        return [members[place] for place in piece.window.permutation()[piece.start : piece.stop]]
 
 
 @dataclass(frozen=True)

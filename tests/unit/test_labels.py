@@ -77,6 +77,12 @@ def url(tmp_path: Path) -> str:
     return str(tmp_path / "labels")
 
 
+def described(url: str, name: str = "shard-000000") -> LabelFile:
+    """A label file as a manifest that was made of it as it is now would have it."""
+    data = Path(url.removeprefix("file://"), f"{name}.parquet").read_bytes()
+    return LabelFile(name, 0, 0, 0, len(data), hashlib.sha256(data).hexdigest())
+
+
 def whole(url: str) -> LabelManifest:
     begin_label_set(url, PLAN)
     for i, shard in enumerate(DATASET.shards):
@@ -87,8 +93,7 @@ def whole(url: str) -> LabelManifest:
 @pytest.mark.parametrize("place", ["file", "memory"])
 def test_labels_come_back_as_they_went_in(place: str, tmp_path: Path) -> None:
     url = {"file": f"file://{tmp_path}/l", "memory": "memory://labels/round-trip"}[place]
-    write_label_file(url, "shard-000000", records())
-    read = read_label_file(url, "shard-000000")
+    read = read_label_file(url, write_label_file(url, "shard-000000", records()))
     assert read == number_instances("shard-000000", records())
     first, original = read[0].instances[0], records()[0].instances[0]
     assert first.embedding.dtype == np.float16
@@ -118,8 +123,8 @@ def test_a_difference_anywhere_is_a_difference() -> None:
 
 @pytest.mark.parametrize("channels", [0, 128])
 def test_embeddings_of_any_width(url: str, channels: int) -> None:
-    write_label_file(url, "shard-000000", [labels(0, 3, channels=channels), labels(1, 0)])
-    read = read_label_file(url, "shard-000000")
+    file = write_label_file(url, "shard-000000", [labels(0, 3, channels=channels), labels(1, 0)])
+    read = read_label_file(url, file)
     assert [each.embedding.shape for each in read[0].instances] == [(channels,)] * 3
     assert read[0].instances[2].embedding.tobytes() == instance(2, channels).embedding.tobytes()
 
@@ -127,12 +132,13 @@ def test_embeddings_of_any_width(url: str, channels: int) -> None:
 def test_a_shard_in_which_nothing_was_found(url: str) -> None:
     file = write_label_file(url, "shard-000000", [labels(0, 0), labels(1, 0)])
     assert (file.images, file.instances, file.unreadable) == (2, 0, 0)
-    assert [record.instances for record in read_label_file(url, "shard-000000")] == [(), ()]
+    assert [record.instances for record in read_label_file(url, file)] == [(), ()]
 
 
 def test_a_shard_without_images(url: str) -> None:
-    assert write_label_file(url, "shard-000000", []).images == 0
-    assert read_label_file(url, "shard-000000") == []
+    file = write_label_file(url, "shard-000000", [])
+    assert file.images == 0
+    assert read_label_file(url, file) == []
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
@@ -143,11 +149,8 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_mask_ids_are_unique_and_tell_their_shard(url: str) -> None:
-    for i in range(2):
-        write_label_file(url, shard_name(i), [labels(0, 2), labels(1, 0), labels(2, 3)])
-    ids = [
-        [each.mask_id for record in read_label_file(url, shard_name(i)) for each in record.instances] for i in (0, 1)
-    ]
+    files = [write_label_file(url, shard_name(i), [labels(0, 2), labels(1, 0), labels(2, 3)]) for i in range(2)]
+    ids = [[each.mask_id for record in read_label_file(url, file) for each in record.instances] for file in files]
     assert ids[0] == [1, 2, 3, 4, 5]
     assert ids[1] == [10_000_001, 10_000_002, 10_000_003, 10_000_004, 10_000_005]
 
@@ -257,15 +260,20 @@ def test_what_is_not_whole_is_made_again(url: str, damage: str) -> None:
 
 
 def test_a_label_file_that_is_missing_or_damaged_is_named(url: str) -> None:
+    path = Path(url, "shard-000000.parquet")
+    file = write_label_file(url, "shard-000000", records())
+    path.unlink()
     with pytest.raises(LabelFileError, match=r"shard-000000\.parquet: the label file is missing"):
-        read_label_file(url, "shard-000000")
-    write_label_file(url, "shard-000000", records())
-    Path(url, "shard-000000.parquet").write_bytes(b"PAR1 nonsense PAR1")
+        read_label_file(url, file)
+    write_label_file(url, "shard-000000", records(10))
+    with pytest.raises(LabelFileError, match=r"shard-000000\.parquet: its sha256 is not the manifest's: altered since"):
+        read_label_file(url, file)
+    path.write_bytes(b"PAR1 nonsense PAR1")
     with pytest.raises(LabelFileError, match=r"shard-000000\.parquet: a damaged label file"):
-        read_label_file(url, "shard-000000")
-    pq.write_table(pa.table({"x": [1]}), Path(url, "shard-000000.parquet"))
+        read_label_file(url, described(url))
+    pq.write_table(pa.table({"x": [1]}), path)
     with pytest.raises(LabelFileError, match="not a label file"):
-        read_label_file(url, "shard-000000")
+        read_label_file(url, described(url))
 
 
 def test_another_plan_at_the_same_url_is_refused_with_what_differs(url: str) -> None:
@@ -341,7 +349,7 @@ def read_rows(url: str, *images: dict[str, object]) -> list[ImageLabels]:
     write_label_file(url, "shard-000000", records())
     path = Path(url, "shard-000000.parquet")
     pq.write_table(pa.Table.from_pylist(list(images), schema=pq.read_schema(path)), path)
-    return read_label_file(url, "shard-000000")
+    return read_label_file(url, described(url))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +408,7 @@ def test_a_small_file_that_becomes_large_is_refused(url: str, bomb: str) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("freesolo.data.label_table.MAX_DECODED_BYTES", 2**25)
         with pytest.raises(LabelFileError, match=r"it would take \d+ bytes of memory, more than \d+; use smaller"):
-            read_label_file(url, "shard-000000")
+            read_label_file(url, described(url))
 
 
 MANIFEST = LabelManifest(1, PLAN, (LabelFile("shard-000000", 3, 4, 1, 99, 64 * "a"),)).to_json()

@@ -25,7 +25,7 @@ def seen_by(order: Order, state: StreamState, steps: int, batch_size: int, worke
 def _samples_of(order: Order, piece) -> list[tuple[int, int]]:
     starts = [sum(order.shard_samples[:shard]) for shard in range(len(order.shard_samples))]
     members = [starts[shard] + i for shard in piece.window.shards for i in range(order.shard_samples[shard])]
-    places = order.permutation(piece.window)[piece.start : piece.stop]
+    places = piece.window.permutation()[piece.start : piece.stop]
     return [(piece.window.epoch, members[place]) for place in places]
 
 
@@ -48,7 +48,7 @@ def test_a_window_mixes_its_shards_and_only_those() -> None:
     windows = order.windows(epoch=5)
     assert sorted(shard for window in windows for shard in window.shards) == [0, 1, 2, 3]
     assert [len(window.shards) for window in windows] == [2, 2]
-    assert sorted(order.permutation(windows[0])) == list(range(windows[0].samples))
+    assert sorted(windows[0].permutation()) == list(range(windows[0].samples))
 
 
 def test_what_does_not_fill_a_batch_is_carried_into_the_next_pass() -> None:
