@@ -208,10 +208,26 @@ class RayHead(RayNode):
     """`ray start --head`, with the dashboard that jobs are submitted to."""
 
     def __init__(
-        self, folder: Path, host: Host = HERE, *, num_cpus: int, environment: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        host: Host = HERE,
+        *,
+        num_cpus: int,
+        environment: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
+        """Choose its ports.
+
+        Args:
+            folder: For its log and sessions.
+            host: Where it will run.
+            num_cpus: That Ray takes it to have.
+            environment: Of the node, and so of the workers that it starts.
+            options: Of `ray start`, over those that are given it here.
+        """
         super().__init__(folder, host, num_cpus=num_cpus, environment=environment)
         self._port, self._dashboard_port, self._client_port = free_ports(3)
+        self._options = options
 
     @property
     def url(self) -> str:
@@ -234,6 +250,7 @@ class RayHead(RayNode):
             f"--dashboard-host={self.host.address}",
             f"--dashboard-port={self._dashboard_port}",
             f"--ray-client-server-port={self._client_port}",
+            *self._options,
         )
 
 

@@ -31,8 +31,7 @@ JOBS: dict[str, tuple[type[Job], Stage]] = {
     "predict": (PredictJob, predict_stage),
     "evaluate": (EvaluateJob, evaluate_stage),
 }
-# Two workers each: their steps are of 8 samples, so that 9 are three epochs. Checkpoints every second one.
-LOOP = {"steps": 9, "batch_size": 8, "log_every": 1, "record_samples": True, "checkpoint_every": 2}
+BATCH = 8  # of two workers
 WANTS_NO_FEWER = {"min_category_score": 0.0, "min_score": 0.0, "max_instances": 5}
 
 
@@ -76,24 +75,29 @@ class Place:
 
     Attributes:
         root: Folder or bucket of photos, data sets, label sets and runs.
+        scenes: Photos.
+        steps: Of a training; so many that they are whole epochs.
     """
 
     root: str
+    scenes: int = SCENES
+    steps: int = 9
 
     def make_photos(self) -> None:
         """What everything starts from."""
-        compose_scenes(f"{self.root}/photos", SCENES, size=64, seed=0)
+        compose_scenes(f"{self.root}/photos", self.scenes, size=64, seed=0)
 
     def config(self, job: str, name: str, before: dict[str, Run]) -> dict[str, Any]:
         """The settings of a job, as small as they can be."""
         dataset, solo = f"{self.root}/data", small_solo().model_dump(mode="json")
         pretrain_model = {"backbone": "resnet18", "hidden_channels": 32, "projection_channels": 16, "queue_length": 64}
         mask = {"short_side": 64, "min_maskness": 0.0, "top_border": 0.0, "max_width": 1.0, "embedding_channels": 4}
+        loop = {"steps": self.steps, "batch_size": BATCH, "log_every": 1, "record_samples": True, "checkpoint_every": 2}
         own: dict[str, Callable[[], dict[str, Any]]] = {
             "pack": lambda: {
                 "photos": f"{self.root}/photos/annotations.json",
                 "dataset": dataset if name == "undisturbed" else f"{self.root}/data-{name}",
-                "samples_per_shard": SCENES // SHARDS,
+                "samples_per_shard": self.scenes // SHARDS,
             },
             "pretrain": lambda: {
                 "dataset": dataset,
@@ -102,7 +106,7 @@ class Place:
                     "model": pretrain_model,
                     "views": {"size": 32},
                     "optimizer": {"learning_rate": 0.01},
-                    "loop": LOOP,
+                    "loop": loop,
                 },
             },
             "extract": lambda: {
@@ -119,7 +123,7 @@ class Place:
                     "supervision": "masks",
                     "views": {"short_sides": [64], "strong": False},
                     "optimizer": {"learning_rate": 0.01},
-                    "loop": LOOP,
+                    "loop": loop,
                 },
             },
             "predict": lambda: {
@@ -132,7 +136,7 @@ class Place:
         }
         return {"tracking": {"uri": "off"}, **own[job]()}
 
-    def run(self, job: str, name: str, before: dict[str, Run], folder: Path) -> Ended:
+    def run(self, job: str, name: str, before: dict[str, Run], folder: Path, *overrides: str) -> Ended:
         """Run a job in this process, as its program would."""
         config = folder / f"{job}-{name}.yaml"
         config.write_text(json.dumps(self.config(job, name, before)))
@@ -140,7 +144,10 @@ class Place:
         kind, stage = JOBS[job]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             code = run_job(
-                kind, job, stage, ["--config", str(config), "--run-name", name, "--storage", f"{self.root}/runs"]
+                kind,
+                job,
+                stage,
+                ["--config", str(config), "--run-name", name, "--storage", f"{self.root}/runs", *overrides],
             )
         result = json.loads(output.getvalue().splitlines()[-1]) if code == 0 else {}
         lines = errors.getvalue().rstrip()
@@ -163,7 +170,7 @@ class Place:
         for file in files.list_files(f"{stage}/samples"):
             for step, image_ids in json.loads(files.read_bytes(f"{stage}/samples/{file}")):
                 used.setdefault(step, []).extend(image_ids)
-        assert sorted(used) == list(range(LOOP["steps"]))
+        assert sorted(used) == list(range(self.steps))
         epochs = tuple(
             sorted(number for step in range(first, first + 3) for number in used[step]) for first in (0, 3, 6)
         )

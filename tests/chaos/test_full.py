@@ -1,0 +1,144 @@
+"""A disk without room, and shared memory without room: one clear error, and once there is room the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.cluster import ROOT, wait_for
+from tests.chaos.disks import SmallDisk, can_mount, small_disk
+from tests.chaos.jobs import Place, Run
+from tests.chaos.record import FOLDER, Row, record
+from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
+from tests.servers import RayHead
+
+with tempfile.TemporaryDirectory() as trial:
+    CAN_MOUNT = can_mount(Path(trial))
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not CAN_MOUNT, reason="a small disk is mounted: needs root"),
+    *IGNORE_WARNINGS_OF_RAY_TRAIN,
+]
+ROWS = Path(__file__).stem
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallDisk]:
+    (FOLDER / f"{ROWS}.jsonl").unlink(missing_ok=True)
+    with small_disk(tmp_path_factory.mktemp("disk"), megabytes=2000) as disk:
+        yield disk
+
+
+@pytest.fixture(scope="module")
+def place(disk: SmallDisk) -> Place:
+    place = Place(str(disk.path))
+    place.make_photos()
+    return place
+
+
+@pytest.fixture(scope="module")
+def before(place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Jobs that had room."""
+    runs: dict[str, Run] = {}
+    for job in ("pack", "pretrain", "extract"):
+        ended = place.run(job, "undisturbed", runs, tmp_path_factory.mktemp("configs"))
+        runs[job] = place.made_by(job, "undisturbed", ended)
+    return runs
+
+
+def lost(expected: Run, made: Run) -> int:
+    """Samples that a training did not use in an epoch in which it should have."""
+    return sum(len(set(there) - set(here)) for there, here in zip(expected.used, made.used, strict=True))
+
+
+# Bytes that are left: something is written, and then there is no room for a shard, a checkpoint, a label file.
+LEFT = {"pack": 30_000, "pretrain": 40 * 2**20, "extract": 20_000}
+
+
+@pytest.mark.parametrize("job", LEFT)
+def test_a_full_disk_is_told_and_a_run_goes_on_when_there_is_room(
+    job: str, disk: SmallDisk, place: Place, before: dict[str, Run], tmp_path: Path
+) -> None:
+    expected = before[job]
+    disk.fill(leave=LEFT[job])
+    try:
+        full = place.run(job, "full", before, tmp_path)
+    finally:
+        disk.make_room()
+    assert full.code == 1, full.errors[-3000:]
+    made = place.made_by(job, "full", place.run(job, "full", before, tmp_path))
+    said = re.sub(rf"{disk.path}/\S*/", "", full.error)
+    record(ROWS, Row("disk full", job, f"exit code 1: {said}", lost(expected, made), "", full.seconds, 1))
+    assert re.search(r"^error: .*: the disk is full \(.*No space left on device\); make room, and run", full.error)
+    assert "Traceback" not in full.errors
+    assert made.used == expected.used
+    assert made.made == expected.made
+
+
+HOG = """
+import sys, time
+import numpy as np, ray
+ray.init(address=sys.argv[1])
+held = []
+try:
+    while True:
+        held.append(ray.put(np.zeros(4 * 2**20, np.uint8)))
+except ray.exceptions.RayError as error:
+    print("full", len(held), type(error).__name__, flush=True)
+time.sleep(10_000)
+"""
+
+
+@pytest.fixture
+def head() -> Iterator[RayHead]:
+    """A node whose shared memory, and the disk that it spills to, hold little."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / "spilled").mkdir()
+        with small_disk(folder / "spilled", megabytes=100):
+            options = (f"--object-store-memory={100 * 2**20}", f"--object-spilling-directory={folder / 'spilled'}")
+            server = RayHead(folder, num_cpus=4, options=options)
+            try:
+                server.start()
+                yield server
+            finally:
+                server.kill()
+
+
+@pytest.mark.parametrize(("job", "script"), [("pretrain", "pretrain_densecl"), ("extract", "extract_free_masks")])
+def test_shared_memory_that_is_full_is_told(
+    job: str, script: str, head: RayHead, place: Place, before: dict[str, Run], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(place.config(job, "memory", before)))
+    command = [sys.executable, f"jobs/{script}.py", "--config", str(config), "--run-name", "memory"]
+    command += ["--storage", f"{place.root}/runs"]
+    environment = {**os.environ, **head.settings(), "RAY_ADDRESS": head.address}
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+        )
+
+    log = tmp_path / "hog.log"
+    with log.open("w") as stream:
+        hog = subprocess.Popen([sys.executable, "-c", HOG, head.address], env=environment, stdout=stream, stderr=stream)
+    try:
+        wait_for(lambda: "full" in log.read_text(), what="shared memory to be full")
+        full = run()
+    finally:
+        hog.kill()
+        hog.wait()
+    print(full.returncode, full.stderr[-6000:])
+    again = run()
+    assert again.returncode == 0, again.stderr[-4000:]
