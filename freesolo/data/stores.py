@@ -151,5 +151,5 @@ def _explanation(url: str, error: BaseException) -> UsageError | JobError:
             f"{url}: access denied ({one_line(error)}); check the credentials and the permissions"
         )
     if is_full(error):
-        return JobError(f"{url}: the disk is full ({one_line(error)}); make room, and run the same again to go on")
+        return JobError(f"{url}: the disk is full ({one_line(error)}); make room")
     return JobError(f"{url}: {one_line(error)}{effort}")

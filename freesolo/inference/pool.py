@@ -25,7 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from freesolo.cluster import check_cluster
+from freesolo.cluster import check_cluster, full_memory_told
 from freesolo.data.ingest import Readers, cause_of
 from freesolo.data.shards import ShardInfo
 from freesolo.errors import JobError
@@ -74,16 +74,17 @@ def label_batches(
     Raises:
         UsageError: The pool does not fit the cluster.
         ShardError: A shard was altered.
-        JobError: The store fails, or a GPU cannot be used.
+        JobError: The store fails, shared memory is full, or a GPU cannot be used.
     """
     if not shards:
         return
     readers = reader_count(pool.resources.max_workers, check_cluster(pool.resources))
-    weights = ray.put(dict(pool.weights))  # once on each node, however many actors there are
+    with full_memory_told():
+        weights = ray.put(dict(pool.weights))  # once on each node, however many actors there are
     with DataContext.current(_context(pool.resources)):  # a data set keeps the context that it was made in
         dataset = _stream(pool, weights, dataset_url, shards, batches, readers)
     try:
-        with _quiet_loggers(), closing(_rows(dataset)) as rows:
+        with full_memory_told(), _quiet_loggers(), closing(_rows(dataset)) as rows:
             yield from rows
     except RayTaskError as error:
         raise cause_of(error) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 from torch import Tensor
 
+from freesolo.cluster import full_memory_told
 from freesolo.models.weights import read_state_dict
 from freesolo.settings import TrackingSettings
 from freesolo.tracking.server import resolve_server
@@ -27,8 +28,13 @@ class InitialWeights:
     tensors: dict[str, Tensor]
 
     def share(self) -> SharedWeights:
-        """Put them into the object store of the cluster that this process is connected to."""
-        return SharedWeights(self.reference, ray.put(self.tensors))
+        """Put them into the object store of the cluster that this process is connected to.
+
+        Raises:
+            JobError: It is full.
+        """
+        with full_memory_told():
+            return SharedWeights(self.reference, ray.put(self.tensors))
 
 
 @dataclass(frozen=True, slots=True)

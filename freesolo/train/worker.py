@@ -32,6 +32,7 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
+    WorkerGroupError,
 )
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
@@ -138,14 +139,26 @@ def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, f
         try:
             result = _fit(_trainer(plan, resources, {"plan": plan, "resources": resources, "board": board}))
         except (TrainingFailedError, OSError) as error:  # OSError: the store, before any worker was started
-            reason = " ".join(str(error).split())
-            raise JobError(f"{plan.folder.url}: training failed: {reason}; run the same again to go on") from error
+            raise JobError(
+                f"{plan.folder.url}: training failed: {_reason(error)}; run the same again to go on"
+            ) from error
     outcome: Outcome = result.return_value  # type: ignore[attr-defined]
     if outcome.undelivered is not None:
         _LOG.warning("MLflow: %s; later: freesolo deliver %s", outcome.undelivered, plan.folder.run_url)
     if outcome.error is not None:
         raise outcome.error
     return outcome.metrics
+
+
+def _reason(error: TrainingFailedError | OSError) -> str:
+    """In one line: of a worker that was lost rather than of one that missed it, and of a traceback its end."""
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    if not failures:
+        return " ".join(str(error).split())
+    told = {rank: str(failure).strip().splitlines() or [repr(failure)] for rank, failure in failures.items()}
+    traced = {rank: lines[0].startswith("Traceback") for rank, lines in told.items()}
+    first = min(told, key=lambda rank: (traced[rank], rank))
+    return f"worker {first}: {told[first][-1 if traced[first] else 0]}"
 
 
 def _fit(trainer: TorchTrainer) -> ray.train.Result:

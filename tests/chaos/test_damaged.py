@@ -123,11 +123,10 @@ def test_what_is_damaged_is_counted_and_named(
     def run(name: str, allowed: float) -> Ended:
         budget = {"extract": "extract.max_bad_samples", "pretrain": "pretrain.stream.max_bad_samples"}
         key = budget.get(damage.job, "train.stream.max_bad_samples")
-        extra = [f"labels={damaged.root}/masks-undisturbed", "train.supervision=free_masks"]
-        extra += ["train.model.embedding_channels=4"]
-        return damaged.run(
-            damage.job, name, before, tmp_path, f"{key}={allowed}", *(extra if damage.job == "train" else ())
-        )
+        labels = [f"labels={damaged.root}/masks-undisturbed", "train.supervision=free_masks"]
+        labels.append("train.model.embedding_channels=4")
+        extra = labels if damage.make is label_of_an_unknown_image else []
+        return damaged.run(damage.job, name, before, tmp_path, f"{key}={allowed}", *extra)
 
     allowing = run("allowing", damage.bad + 0.001)
     assert allowing.code == 0, allowing.errors[-3000:]
