@@ -193,9 +193,12 @@ def test_digest_follows_content_and_plan(url: str) -> None:
 
 
 def test_labels_of_another_data_set_are_refused(url: str) -> None:
-    other = replace(DATASET, annotated=True)
+    other, manifest = replace(DATASET, annotated=True), whole(url)
     with pytest.raises(UsageError, match=r"made for another data set \(s3://photos/set"):
-        check_labels_match(whole(url), other)
+        check_labels_match(manifest, other)
+    reordered = replace(manifest, files=manifest.files[::-1])
+    with pytest.raises(UsageError, match="a damaged manifest: its files are not those of the data set's shards"):
+        check_labels_match(reordered, DATASET)
     with pytest.raises(UsageError, match="made for another data set"):
         finish_label_set(url, other)
 
