@@ -202,7 +202,7 @@ def _trainer(plan: TrainingPlan, resources: ResourceSettings, config: dict[str, 
 
 def train_worker(config: dict[str, Any]) -> Outcome:
     """Train as one of Ray Train's workers."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # two lines a checkpoint from each worker
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every checkpoint
     plan: TrainingPlan = config["plan"]
     resources: ResourceSettings = config["resources"]
     workers = ray.train.get_context().get_world_size()
