@@ -189,7 +189,7 @@ def cluster() -> Iterator[Cluster]:
             "RAY_health_check_timeout_ms": "2000",
             "RAY_health_check_failure_threshold": "3",
         }
-        head = RayHead(folder / "h", head_host, num_cpus=2, environment=environment)
+        head = RayHead(folder / "h", head_host, num_cpus=1, environment=environment)
         made = Cluster(net, folder, store, mlflow, database, head, head.settings())
         for server in (store, database):
             server.start()

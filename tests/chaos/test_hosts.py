@@ -327,7 +327,7 @@ def test_elastic_training_goes_on_with_fewer_hosts_and_then_with_more(
     hosts, run = reach, f"elastic-{list(FAULTS).index(fault)}"
     config = part_of_smoke("train", calm, labels=f"{calm.run}/free-masks/labels")
     config["train"]["loop"]["steps"] = ELASTIC_STEPS
-    # Two CPUs a worker and three a node: a worker a host.
+    # A worker takes all CPUs of a host, and more than the head has: Ray counts nodes without the label too.
     config["resources"] |= {"workers": [1, 2], "cpus_per_worker": 2, "resize_seconds": 5.0}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
