@@ -122,6 +122,30 @@ def spare_cpus(resources: ResourceSettings, nodes: Sequence[Node], *, kinds_know
     )
 
 
+def warn_of_nodes_without_labels(resources: ResourceSettings) -> None:
+    """Say so if an elastic training may wait for a lost node although it could go on with fewer workers.
+
+    Ray Train counts every node that could hold a worker, whatever its labels, and tries again and again to start that
+    many.
+    """
+    others = places_without_labels(resources, _nodes())
+    if others:
+        _LOG.warning(
+            "elastic workers with %s: nodes without these labels could hold %d of them, and Ray Train counts those: "
+            "when a node is lost, it may wait for another instead of going on with fewer workers; ask for more CPUs or "
+            "GPUs a worker than those nodes have",
+            dict(resources.label_selector),
+            others,
+        )
+
+
+def places_without_labels(resources: ResourceSettings, nodes: Sequence[Node]) -> int:
+    """Elastic workers that would fit on nodes that lack their labels; 0 where their number is fixed."""
+    if resources.min_workers == resources.max_workers:
+        return 0
+    return sum(_places(resources, node) for node in nodes if not _matches(node.labels, resources.label_selector))
+
+
 def data_cpus(resources: ResourceSettings, workers: int) -> float:
     """CPUs for reading beside workers that run already; waits for nodes where these have taken all that there are.
 

@@ -37,7 +37,7 @@ from ray.train import (
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
-from freesolo.cluster import check_cluster, data_cpus
+from freesolo.cluster import check_cluster, data_cpus, warn_of_nodes_without_labels
 from freesolo.config import Job
 from freesolo.data.files import join, write_atomic
 from freesolo.data.ingest import TrainingStream, configure_ray_data
@@ -135,6 +135,7 @@ def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, f
         JobError: Training stopped itself, or workers were lost more than `resources.max_failures` times.
     """
     check_cluster(resources)
+    warn_of_nodes_without_labels(resources)
     with steps_shown(plan.folder.stage, plan.loop.steps) as board, on_termination(board.stop.remote):
         try:
             result = _fit(_trainer(plan, resources, {"plan": plan, "resources": resources, "board": board}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from freesolo.cluster import Node, spare_cpus
+from freesolo.cluster import Node, places_without_labels, spare_cpus
 from freesolo.errors import UsageError
 from freesolo.settings import ResourceSettings
 
@@ -55,6 +55,15 @@ def test_only_nodes_with_the_labels_count(wanted: str, places: int) -> None:
         assert spare_cpus(ResourceSettings(workers=places, label_selector=selector), nodes) >= 1
     with pytest.raises(UsageError, match=rf"room for {places} such .*"):
         spare_cpus(ResourceSettings(workers=places + 1, label_selector=selector), nodes)
+
+
+def test_elastic_workers_with_labels_may_be_counted_on_nodes_without_them() -> None:
+    nodes = [Node({"CPU": 4.0}, {"pool": "train"}), Node({"CPU": 4.0}), Node({"CPU": 1.0})]
+    labelled = {"cpus_per_worker": 2, "label_selector": {"pool": "train"}}
+    assert places_without_labels(ResourceSettings(workers=(1, 2), **labelled), nodes) == 2
+    assert places_without_labels(ResourceSettings(workers=2, **labelled), nodes) == 0
+    assert places_without_labels(ResourceSettings(workers=(1, 2), cpus_per_worker=2), nodes) == 0
+    assert places_without_labels(ResourceSettings(workers=(1, 2), gpus_per_worker=1, **labelled), nodes) == 0
 
 
 def test_what_an_autoscaler_may_add_has_no_labels_yet() -> None:
