@@ -24,7 +24,7 @@ def main() -> None:
             rows[row["fault"], row["job"]] = row
     merged: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows.values():
-        outcome = textwrap.shorten(row["outcome"].replace("|", "/"), 100, placeholder=" …")
+        outcome = textwrap.shorten(row["outcome"].replace("|", "/").replace(": error: ", ": "), 130, placeholder=" …")
         merged.setdefault((row["fault"], outcome, str(row["lost"]), row["twice"] or "nothing"), []).append(row)
     sys.stdout.write(HEAD)
     for (fault, outcome, lost, twice), same in merged.items():

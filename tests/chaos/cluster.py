@@ -180,6 +180,7 @@ def cluster() -> Iterator[Cluster]:
             **store.environment,
             "MLFLOW_TRACKING_URI": mlflow.url,
             "GLOO_SOCKET_IFNAME": "eth0",
+            "OMP_NUM_THREADS": "1",  # all hosts are one machine with two cores
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE_SECONDS),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "a-token-of-the-tests",
