@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _MAX_VALUES = 1_000_000  # a ResNet-101's training has 10,000
+_LONGEST_NAME = 200
 
 
 def read_torch_file(path: Path, *, device: torch.device | str = "cpu") -> Any:
@@ -90,9 +91,10 @@ def _check_values(content: Any) -> None:
             _check_tensor(name, value)
         elif isinstance(value, dict):
             waiting += [("", key) for key in value]
-            waiting += [(f"{name}.{key}" if name else str(key), each) for key, each in value.items()]
+            # Cut short: a dictionary may be in itself too.
+            waiting += [((f"{name}.{key}" if name else str(key))[:_LONGEST_NAME], each) for key, each in value.items()]
         elif isinstance(value, list | tuple):
-            waiting += [(f"{name}[{index}]", each) for index, each in enumerate(value)]
+            waiting += [(name, each) for each in value]
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -102,4 +104,4 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} with fewer numbers than that")
     if not tensor.isfinite().all():
-        raise ValueError(f"{name:.200} has values that are NaN or infinite")
+        raise ValueError(f"{name} has values that are NaN or infinite")

@@ -31,6 +31,7 @@ UNSAFE_CALLS = {
 # Each with why it may.
 ALLOWED = {
     # Rows between Ray tasks of one job, in its own object store; they hold what `read_shard` has checked.
+    ("freesolo/data/reading.py", "import pickle"),
     ("freesolo/data/ingest.py", "import pickle"),
     ("freesolo/data/ingest.py", "pickle.loads"),
     ("freesolo/inference/pool.py", "import pickle"),
