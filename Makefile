@@ -70,7 +70,7 @@ test: $(READY) chromium  ## The tests (about 20 minutes on 2 cores)
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" --timeout=3600 --durations=10
 
-chaos: $(READY)  ## Jobs while things break; what was lost, done twice, and how long it took goes to build/chaos
+chaos: $(READY)  ## Jobs while things break, for build/chaos (its parts take about an hour together; root for hosts and disks)
 	$(BIN)/python -m pytest -m chaos --timeout=1800 --durations=10
 
 k8s-check: $(READY)  ## Everything in k8s/ built by kustomize, against schemas and rules (about 10 seconds)
