@@ -196,10 +196,11 @@ class RayNode(Server):
         """With all that it started: its workers are in sessions of their own."""
         if self._process is None:
             return
-        node = psutil.Process(self._process.pid)
-        for member in [*node.children(recursive=True), node]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+            node = psutil.Process(self._process.pid)
+            for member in [*node.children(recursive=True), node]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
         self._process.wait(30)
         self._process = None
 
