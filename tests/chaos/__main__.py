@@ -25,7 +25,15 @@ def main() -> None:
     merged: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows.values():
         outcome = textwrap.shorten(row["outcome"].replace("|", "/").replace(": error: ", ": "), 130, placeholder=" …")
-        merged.setdefault((row["fault"], outcome, str(row["lost"]), row["twice"] or "nothing"), []).append(row)
+        merged.setdefault(
+            (
+                row["fault"],
+                outcome,
+                "no result" if row["lost"] is None else str(row["lost"]),
+                row["twice"] or "nothing",
+            ),
+            [],
+        ).append(row)
     sys.stdout.write(HEAD)
     for (fault, outcome, lost, twice), same in merged.items():
         jobs, longest = ", ".join(row["job"] for row in same), max(row["seconds"] for row in same)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ class Run:
     outputs: dict[str, str]
     made: Any
     used: tuple[list[int], ...] = ()
+
+    def lost(self, expected: Run) -> int:
+        """Samples that it did not use in an epoch in which an undisturbed run did."""
+        return sum(len(set(there) - set(here)) for there, here in zip(expected.used, self.used, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,13 @@ class Place:
         result = json.loads(output.getvalue().splitlines()[-1]) if code == 0 else {}
         lines = errors.getvalue().rstrip()
         return Ended(code, result, lines.rsplit("\n", 1)[-1], lines, time.monotonic() - began)
+
+    def undisturbed(self, jobs: Sequence[str], folder: Path) -> dict[str, Run]:
+        """What each of some jobs makes when nothing is broken, one after the other."""
+        runs: dict[str, Run] = {}
+        for job in jobs:
+            runs[job] = self.made_by(job, "undisturbed", self.run(job, "undisturbed", runs, folder))
+        return runs
 
     def made_by(self, job: str, name: str, ended: Ended) -> Run:
         """What a job that succeeded made."""

@@ -18,7 +18,8 @@ class Row:
         fault: What broke.
         job: In which job.
         outcome: What came of the job: "same result", or the line that it ended with.
-        lost: Samples, records or files that the result lacks, beside an undisturbed run's.
+        lost: Samples, records or files that the result lacks, beside an undisturbed run's; None: not counted, because
+            the job ended with an error.
         twice: What was done more than once, counted; "" for nothing.
         seconds: From the fault to recovery, or from the job's start to its error.
         hits: Requests, processes or files that the fault hit.
@@ -27,7 +28,7 @@ class Row:
     fault: str
     job: str
     outcome: str
-    lost: int
+    lost: int | None
     twice: str
     seconds: float
     hits: int

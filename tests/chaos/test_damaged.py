@@ -48,11 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def before(place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """Jobs on whole data."""
-    runs: dict[str, Run] = {}
-    for job in ("pack", "pretrain", "extract"):
-        ended = place.run(job, "undisturbed", runs, tmp_path_factory.mktemp("configs"))
-        runs[job] = place.made_by(job, "undisturbed", ended)
-    return runs
+    return place.undisturbed(("pack", "pretrain", "extract"), tmp_path_factory.mktemp("configs"))
 
 
 def one_bad_photo(root: Path) -> str:
@@ -133,17 +129,17 @@ def test_what_is_damaged_is_counted_and_named(
     allowing = run("allowing", damage.bad + 0.001)
     assert allowing.code == 0, allowing.errors[-3000:]
     refusing = run("refusing", damage.bad / 5)
-    told = told_by(damaged, damage.job, allowing)
+    count = counted(damaged, damage.job, allowing)
     said = re.sub(r"/\S*/", "", refusing.error)
-    outcome = f"{told}; with fewer allowed: exit code {refusing.code}: {said}"
-    record(ROWS, Row(damage.name, damage.job, outcome, 0, "", refusing.seconds, 1))
+    outcome = f"goes on; with fewer allowed: exit code {refusing.code}: {said}"
+    record(ROWS, Row(damage.name, damage.job, outcome, count, "", refusing.seconds, 1))
     assert refusing.code == 1
     assert named in refusing.error
     assert re.search(r"more than the \S+ that (\w+\.)*max_bad_samples=\S+ allows; first: ", refusing.error)
     assert "Traceback" not in refusing.errors
 
 
-def told_by(place: Place, job: str, ended: Ended) -> str:
+def counted(place: Place, job: str, ended: Ended) -> int:
     """How many bad samples a job that went on counted."""
     if job == "extract":
         count = ended.result["counts"]["unreadable"]
@@ -151,7 +147,7 @@ def told_by(place: Place, job: str, ended: Ended) -> str:
         journal = Path(place.root, "runs", "allowing", job, "metrics.jsonl").read_text().splitlines()
         count = int(json.loads(journal[-1])["metrics"]["bad_samples"])
     assert count > 0
-    return f"goes on, {count} counted"
+    return count
 
 
 def poison(checkpoint: Path) -> None:
@@ -200,7 +196,7 @@ def test_a_checkpoint_with_nan_in_it_is_passed_over(place: Place, before: dict[s
     killer.join()
     assert done, "nothing was poisoned: the run was over too soon"
     made = place.made_by("pretrain", "poisoned", ended)
-    lost = sum(len(set(there) - set(here)) for there, here in zip(before["pretrain"].used, made.used, strict=True))
+    lost = made.lost(before["pretrain"])
     record(ROWS, Row("NaN in a checkpoint", "pretrain", "the one before it; same result", lost, "", ended.seconds, 1))
     assert made.used == before["pretrain"].used
     assert made.made == before["pretrain"].made

@@ -133,7 +133,7 @@ def test_what_passes_changes_nothing(
     hits, seconds, twice = fault.hits, seconds_to_recovery(fault), uploads_done_twice(s3_proxy)
     s3_proxy.clear()
     made = place.made_by(case.job, name, ended)
-    lost = sum(len(set(there) - set(here)) for there, here in zip(expected.used, made.used, strict=True))
+    lost = made.lost(expected)
     again = sum(len(epoch) - len(set(epoch)) for epoch in made.used)
     reads = hits if fault.kind in (Kind.TRUNCATED, Kind.RESET_IN_BODY) else 0
     said = [f"{count} {what}" for count, what in ((twice, "uploads"), (reads, "reads"), (again, "samples")) if count]
@@ -217,7 +217,7 @@ def test_what_lasts_is_one_clear_error(
         S3FileSystem.clear_instance_cache()
         files.write_atomic(url, whole)
     said = re.sub(r"s3://\S*/", "", ended.error)
-    record(ROWS, Row(case.name, case.job, f"exit code {ended.code}: {said}", 0, "", ended.seconds, hits))
+    record(ROWS, Row(case.name, case.job, f"exit code {ended.code}: {said}", None, "", ended.seconds, hits))
     assert ended.code == case.code, ended.errors[-3000:]
     assert re.search(rf"^error: .*{case.words}", ended.error), ended.errors[-3000:]
     assert "Traceback" not in ended.errors
