@@ -79,7 +79,7 @@ class Courier:
         sample: Callable[[], None] | None = None,
         max_pause_seconds: float = 30.0,
     ) -> None:
-        """Start delivering.
+        """Nothing is delivered before `start`.
 
         Args:
             journal: Read from its beginning; must stay open until `close` has returned.
@@ -108,6 +108,9 @@ class Courier:
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="freesolo-courier", daemon=True)
+
+    def start(self) -> None:
+        """Begin to deliver. From here on `sample` is called, which may use what its owner made after the courier."""
         self._thread.start()
 
     def refuse(self, reason: str) -> None:
@@ -118,7 +121,7 @@ class Courier:
                 self._reasons.append(reason)
 
     def close(self, status: str, timeout: float | int) -> Delivery:
-        """Deliver the rest, and say what could not be delivered. Closing again reports again.
+        """Deliver the rest, and say what could not be delivered. Closing again reports again. Only once started.
 
         Args:
             status: How the run ended, for the recipient.

@@ -100,6 +100,7 @@ class Witness:
             sample=self._sample_machine,
             max_pause_seconds=max_pause_seconds,
         )
+        self._courier.start()
         self.tags(_code_tags())
 
     @property
@@ -202,6 +203,7 @@ def deliver_later(run_url: str, *, timeout: float | int = 60.0) -> Delivery:
     journal = Journal(run_url, resume_step=None)
     spool = Spool(_spool_folder(record.token))
     courier = Courier(journal, spool, MlflowRun(run_url, record), explain=lambda error: explain(record.uri, error))
+    courier.start()
     delivery = courier.close(record.status or "KILLED", timeout)
     if delivery.reason is None:
         spool.delete()

@@ -77,7 +77,9 @@ def spool(tmp_path: Path) -> Spool:
 
 
 def start(journal: Journal, spool: Spool, desk: Desk, **options: Callable[[], None]) -> Courier:
-    return Courier(journal, spool, desk, max_pause_seconds=0.25, **options)
+    courier = Courier(journal, spool, desk, max_pause_seconds=0.25, **options)
+    courier.start()
+    return courier
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -223,6 +225,17 @@ def test_what_is_refused_is_reported_and_takes_nothing_with_it(journal: Journal,
     assert (delivery.sent, delivery.undelivered) == (7, 3)
     assert delivery.reason is not None
     assert sorted(delivery.reason.split("; ")) == ["a bad name", "a bad parcel", "too large to keep"]
+
+
+def test_nothing_is_sampled_before_the_start(journal: Journal, spool: Spool) -> None:
+    """A witness samples into itself: its first sample was lost where the thread was faster than the constructor."""
+    samples: list[int] = []
+    courier = Courier(journal, spool, Desk(), sample=lambda: samples.append(1))
+    time.sleep(0.05)
+    assert samples == []
+    courier.start()
+    until(lambda: samples == [1])
+    assert courier.close("FINISHED", 20).reason is None
 
 
 def test_samples_are_taken_whether_the_recipient_is_there_or_not(
