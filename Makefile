@@ -58,14 +58,13 @@ $(DEMO)/data/train/manifest.json: $(DEMO)/photos/held-out/annotations.json
 $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 	@$(BIN)/freesolo pack $(DEMO)/photos/held-out/annotations.json $(DEMO)/data/held-out --samples-per-shard 64
 
-# What runs in one process each needs no cluster, and keeps both cores busy.
-ALONE := tests/unit tests/numerics tests/fuzz tests/kubernetes tests/image
-QUICK := -m "not slow and not gpu and not chaos" --durations=10
+QUICK := -m "not slow and not gpu and not chaos"
+# Each file's tests in one process, which starts a cluster and servers for them; the long files first.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) chromium  ## The tests (about 20 minutes on 2 cores)
-	@echo "test: unit and numerics, then integration and end-to-end tests, about 20 minutes on 2 cores"
-	$(BIN)/python -m pytest $(QUICK) -n 2 $(ALONE)
-	$(BIN)/python -m pytest $(QUICK) tests $(addprefix --ignore=,$(ALONE))
+test: $(READY) chromium  ## The tests (about 14 minutes on 2 cores)
+	@echo "test: about 14 minutes on 2 cores"
+	$(BIN)/python -m pytest $(QUICK) $(TWO_AT_A_TIME) --durations=25
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" --timeout=3600 --durations=10

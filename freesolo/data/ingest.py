@@ -15,6 +15,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -26,11 +27,12 @@ from ray.data.block import BlockMetadata
 from ray.exceptions import RayTaskError
 
 from freesolo.data.labels import LabelSet
-from freesolo.data.order import Order, Piece, StreamState, worker_pieces
+from freesolo.data.order import Order, Piece, Span, StreamState, worker_spans
 from freesolo.data.pack import PackedShard, ShardTask, check_skipped, finish_data_set, pack_shard, packing
 from freesolo.data.reading import PieceReader
 from freesolo.data.shards import DatasetManifest, Sample
 from freesolo.data.sources import PhotoCollection
+from freesolo.data.stand_ins import STAND_INS, with_stand_ins
 from freesolo.data.views import Row, View
 from freesolo.errors import JobError, UsageError
 from freesolo.progress import progress
@@ -60,7 +62,7 @@ class BadSample:
 
 @dataclass(frozen=True, slots=True)
 class StreamBatch(Generic[Batch]):
-    """One batch of a worker's stream; `bad` samples are replaced in it by copies of good ones."""
+    """One batch of a worker's stream; in place of `bad` samples it has copies of good ones."""
 
     content: Batch
     bad: tuple[BadSample, ...]
@@ -103,21 +105,22 @@ class TrainingStream(Generic[Batch]):
         """The batches of one worker for the next `steps` steps: `steps * accumulation_steps` of them.
 
         Raises:
-            JobError: A shard or label file cannot be read at all, or no sample of a batch is usable.
+            JobError: A shard or label file cannot be read at all, or far and wide no sample is usable.
         """
         rows_per_batch = self.batch_size // workers // self.accumulation_steps
-        pieces = worker_pieces(
-            self.order, state, steps=steps, batch_size=self.batch_size, worker=worker, workers=workers
+        spans = partial(
+            worker_spans, state, self.samples, steps=steps, batch_size=self.batch_size, worker=worker, workers=workers
         )
-        pending: list[Row] = []
-        for row in self._rows(pieces):
-            pending.append(row)
-            if len(pending) == rows_per_batch:
-                yield self._collate(pending)
-                pending = []
+        largest_window = self.order.window_shards * max(self.order.shard_samples)
+        rows = with_stand_ins(
+            self._rows(spans()), spans(), self._rows, samples=self.samples, reach=largest_window + 2 * STAND_INS
+        )
+        while batch := list(islice(rows, rows_per_batch)):
+            yield self._collate(batch)
 
-    def _rows(self, pieces: Iterator[Piece]) -> Iterator[Row]:
-        while chunk := [piece for _, piece in zip(range(PIECES_PER_EXECUTION), pieces, strict=False)]:
+    def _rows(self, spans: Iterable[Span]) -> Iterator[Row]:
+        pieces = self.order.pieces(spans)
+        while chunk := list(islice(pieces, PIECES_PER_EXECUTION)):
             dataset = ray.data.read_datasource(
                 Readers([self._reader(piece).tables for piece in chunk], [len(piece) for piece in chunk]),
                 override_num_blocks=len(chunk),
@@ -142,13 +145,12 @@ class TrainingStream(Generic[Batch]):
             bounds=self.bounds,
         )
 
-    def _collate(self, rows: list[Row]) -> StreamBatch[Batch]:
-        bad = tuple(BadSample(row["key"], row["error"]) for row in rows if row["error"])
-        good = [row for row in rows if not row["error"]]
-        if not good:
-            raise JobError(f"{self.dataset_url}: no usable sample in a batch; first: {bad[0].key}: {bad[0].reason}")
-        whole = [good[i % len(good)] for i in range(len(rows))] if bad else rows
-        return StreamBatch(self.view.batch(whole), bad)
+    def _collate(self, rows: Sequence[tuple[Row, Row | None]]) -> StreamBatch[Batch]:
+        bad = tuple(BadSample(row["key"], row["error"]) for row, _ in rows if row["error"])
+        usable = [stand_in for _, stand_in in rows if stand_in is not None]
+        if len(usable) < len(rows):
+            raise JobError(f"{self.dataset_url}: no usable sample far and wide; one is {bad[0].key}: {bad[0].reason}")
+        return StreamBatch(self.view.batch(usable), bad)
 
 
 def configure_ray_data(*, cpus: float | None = None) -> None:

@@ -14,7 +14,7 @@ left are the very parts the workers were reading, so a resumed run sees the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -141,7 +141,7 @@ class Order:
             for index, shards in enumerate(groups)
         ]
 
-    def pieces(self, spans: tuple[Span, ...]) -> Iterator[Piece]:
+    def pieces(self, spans: Iterable[Span]) -> Iterator[Piece]:
         """The pieces of windows that hold the positions of `spans`, in order."""
         for span in spans:
             windows = self.windows(span.epoch)
@@ -188,14 +188,14 @@ def advance(state: StreamState, steps: int, samples: int, batch_size: int, worke
     return state
 
 
-def worker_pieces(
-    order: Order, state: StreamState, *, steps: int, batch_size: int, worker: int, workers: int
-) -> Iterator[Piece]:
-    """What one worker reads in the next `steps` steps, in order: `steps * batch_size / workers` samples."""
+def worker_spans(
+    state: StreamState, samples: int, *, steps: int, batch_size: int, worker: int, workers: int
+) -> Iterator[Span]:
+    """What one worker reads in the next `steps` steps, in order: `steps * batch_size / workers` positions."""
     while steps > 0:
-        current = take_pass(state, order.samples, batch_size, workers)
+        current = take_pass(state, samples, batch_size, workers)
         taken = min(steps, current.steps)
-        yield from order.pieces(_slice(current.parts[worker], 0, taken * batch_size // workers))
+        yield from _slice(current.parts[worker], 0, taken * batch_size // workers)
         state = current.after(taken, batch_size)
         steps -= taken
 

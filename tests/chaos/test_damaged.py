@@ -122,8 +122,6 @@ def test_what_is_damaged_is_counted_and_named(
         labels = [f"labels={damaged.root}/masks-undisturbed", "train.supervision=free_masks"]
         labels.append("train.model.embedding_channels=4")
         extra = labels if damage.make is label_of_an_unknown_image else []
-        if damage.bad > 1 / SCENES:  # a batch needs one usable sample, so those of a bad shard are mixed with others
-            extra = [*extra, f"{damage.job}.stream.shuffle_window_shards={SHARDS}"]
         return damaged.run(damage.job, name, before, tmp_path, f"{key}={allowed}", *extra)
 
     allowing = run("allowing", damage.bad + 0.001)

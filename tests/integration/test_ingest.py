@@ -29,7 +29,7 @@ from freesolo.data.labels import (
     read_labels_of,
     write_label_file,
 )
-from freesolo.data.order import Order, StreamState, advance, worker_pieces
+from freesolo.data.order import Order, StreamState, advance, worker_spans
 from freesolo.data.shards import DatasetManifest, Sample, read_shard, shard_name, write_dataset_manifest, write_shard
 from freesolo.data.views import ContrastiveView, SegmentationView, View
 from freesolo.errors import JobError
@@ -166,7 +166,8 @@ def ordered_ids(
     """The image ids that `data.order` gives a worker: here a sample's place in the data set is its id."""
     starts = np.cumsum([0, *SHARDS])
     ids: list[int] = []
-    for piece in worker_pieces(order, state, steps=steps, batch_size=batch_size, worker=worker, workers=workers):
+    spans = worker_spans(state, order.samples, steps=steps, batch_size=batch_size, worker=worker, workers=workers)
+    for piece in order.pieces(spans):
         members = [starts[shard] + i for shard in piece.window.shards for i in range(SHARDS[shard])]
         ids += [int(members[place]) for place in piece.window.permutation()[piece.start : piece.stop]]
     return ids
@@ -344,8 +345,8 @@ def test_samples_over_the_bounds_are_bad_ones(tmp_path: Path) -> None:
     whole = store(tmp_path)
     bounds = BoundsSettings(max_pixels=SIDE * SIDE - 1)
     stream = replace(whole.stream(SegmentationView(WEAK, CHANNELS), SAMPLES), bounds=bounds)
-    told = r"first: k\d\d: 32 x 32 pixels are more than bounds\.max_pixels=1023 allows"
-    with pytest.raises(JobError, match=f"no usable sample in a batch; {told}"):
+    told = r"one is k\d\d: 32 x 32 pixels are more than bounds\.max_pixels=1023 allows"
+    with pytest.raises(JobError, match=f"no usable sample far and wide; {told}"):
         list(stream.batches(StreamState(), steps=1))
 
 
@@ -355,9 +356,37 @@ def test_labels_of_other_channels_than_the_models_are_named(tmp_path: Path) -> N
     assert {bad.reason for bad in batch.bad} == {f"its labels' embeddings do not have {CHANNELS + 1} channels"}
 
 
-def test_a_batch_without_a_usable_sample_stops_the_stream(tmp_path: Path) -> None:
+def test_stand_ins_are_the_same_whoever_reads_and_wherever_reading_begins(tmp_path: Path) -> None:
+    """A shard of five is lost, no other is mixed with it, and a batch of one worker has one sample."""
+    whole = store(tmp_path)
+    (whole.dataset / "shard-000000.tar").unlink()
+    view = ContrastiveView(ViewSettings(size=16))
+    stream = replace(whole.stream(view, 2, labelled=False), order=Order(SHARDS, seed=3))
+    steps = 2 * SAMPLES // 2
+
+    def seen(start: int, steps: int, worker: int, workers: int) -> list[tuple[tuple[int, ...], bytes, tuple[str, ...]]]:
+        """Of each batch: which samples, their crops' pixels, and which were bad."""
+        state = advance(StreamState(), start, SAMPLES, 2, workers)
+        batches = stream.batches(state, steps=steps, worker=worker, workers=workers)
+        return [
+            (batch.content.image_ids, batch.content.query.numpy().tobytes(), tuple(bad.key for bad in batch.bad))
+            for batch in batches
+        ]
+
+    alone = [seen(0, steps, worker, 2) for worker in range(2)]
+    bad = [keys for batches in alone for _, _, keys in batches]
+    assert Counter(bad) == {(): 2 * (SAMPLES - 5), ("shard-000000",): 2 * 5}
+    for worker in range(2):
+        lost = [number for number, (_, _, keys) in enumerate(alone[worker]) if keys]
+        resumed = [seen(start, steps - start, worker, 2) for start in lost[:2]]
+        assert resumed == [alone[worker][start:] for start in lost[:2]]
+
+
+def test_where_no_sample_is_usable_the_stream_stops(tmp_path: Path) -> None:
     whole = store(tmp_path)
     for shard in whole.manifest.shards:
         (whole.dataset / f"{shard.name}.tar").unlink()
-    with pytest.raises(JobError, match=rf"{whole.dataset}: no usable sample in a batch; first: .*the shard is missing"):
+    with pytest.raises(
+        JobError, match=rf"{whole.dataset}: no usable sample far and wide; one is .*: the shard is miss"
+    ):
         whole.segmentation_batches(steps=1, batch_size=4)

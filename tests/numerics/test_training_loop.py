@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from freesolo.config import PackJob
-from freesolo.data.order import Order, StreamState, worker_pieces
+from freesolo.data.order import Order, StreamState, worker_spans
 from freesolo.errors import JobError, StoppedError, UsageError
 from freesolo.ops.collectives import rank
 from freesolo.settings import LoopSettings, LossSettings, OptimizerSettings
@@ -71,8 +71,8 @@ class Drawn:
 
     def batches(self, state: StreamState, *, steps: int, worker: int, workers: int) -> Iterator[Any]:
         order = Order((4, 6), seed=0)
-        pieces = worker_pieces(order, state, steps=steps, batch_size=4, worker=worker, workers=workers)
-        numbers = [n for piece in pieces for n in self._numbers(order, piece)]
+        spans = worker_spans(state, order.samples, steps=steps, batch_size=4, worker=worker, workers=workers)
+        numbers = [n for piece in order.pieces(spans) for n in self._numbers(order, piece)]
         count = 4 // workers // self.accumulation_steps
         for start in range(0, len(numbers), count):
             if self.ends == (worker, start // count):

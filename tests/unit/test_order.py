@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freesolo.data.order import Order, Span, StreamState, advance, take_pass, worker_pieces
+from freesolo.data.order import Order, Span, StreamState, advance, take_pass, worker_spans
 
 SHARDS = (5, 3, 7, 4)  # 19 samples
 
@@ -17,8 +17,8 @@ def seen_by(order: Order, state: StreamState, steps: int, batch_size: int, worke
     """(epoch, sample) of each worker's stream."""
     streams = []
     for worker in range(workers):
-        pieces = worker_pieces(order, state, steps=steps, batch_size=batch_size, worker=worker, workers=workers)
-        streams.append([sample for piece in pieces for sample in _samples_of(order, piece)])
+        spans = worker_spans(state, order.samples, steps=steps, batch_size=batch_size, worker=worker, workers=workers)
+        streams.append([sample for piece in order.pieces(spans) for sample in _samples_of(order, piece)])
     return streams
 
 

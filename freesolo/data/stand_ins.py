@@ -1,0 +1,92 @@
+"""What a training sees in place of a sample that it cannot use: others, from before it in its epoch's order.
+
+Which ones depends on that order and on what is usable in it, and on nothing else: not on batches, nor on how many
+workers read, or from where they went on. So a training with unusable samples is as reproducible as any other, and one
+that meets a whole lost shard goes on as far as its budget of bad samples allows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from freesolo.data.order import Span
+
+STAND_INS = 16
+"""Samples that take turns where many in a row are unusable: enough that no batch is one picture many times."""
+
+Row = dict[str, Any]
+
+
+def with_stand_ins(
+    rows: Iterator[Row],
+    spans: Iterable[Span],
+    read: Callable[[tuple[Span, ...]], Iterator[Row]],
+    *,
+    samples: int,
+    reach: int,
+) -> Iterator[tuple[Row, Row | None]]:
+    """Find others for the rows that have an `error`.
+
+    For the first of several in a row stands the usable row before them, for the second the one before that, and so on
+    through `STAND_INS` of them, over and over. An epoch's order is a circle here: before its first row comes its last.
+
+    Args:
+        rows: Those of `spans`, in their order.
+        spans: Where they are in the order of epochs.
+        read: Reads the rows of any spans, for what is before one that does not begin with usable rows.
+        samples: In an epoch.
+        reach: How far before a span to look, so that an epoch without a usable row need not be read whole; should hold
+            at least what is likely to be lost together.
+
+    Yields:
+        Each row, and what to use for it: itself, or its stand-in; None where no row within reach is usable.
+    """
+    for span in spans:
+        recent: deque[Row] = deque(maxlen=STAND_INS)
+        unusable_in_a_row = 0
+        looked_back = False
+        for row in islice(rows, len(span)):
+            if not row["error"]:
+                recent.append(row)
+                unusable_in_a_row = 0
+                yield row, row
+                continue
+            if len(recent) < STAND_INS and not looked_back:
+                before, trailing = _before(span, read, samples, min(reach, samples))
+                unusable_in_a_row = 0 if recent else trailing
+                # Of an epoch with fewer usable rows each takes its turn once.
+                recent = deque([*before, *recent], maxlen=max(len(before), len(recent)) or STAND_INS)
+                looked_back = True
+            yield row, recent[-1 - unusable_in_a_row % len(recent)] if recent else None
+            unusable_in_a_row += 1
+
+
+def _before(
+    span: Span, read: Callable[[tuple[Span, ...]], Iterator[Row]], samples: int, reach: int
+) -> tuple[list[Row], int]:
+    """The last `STAND_INS` usable rows before a span, and how many unusable ones follow them."""
+    distance = 0
+    while True:
+        distance = min(max(8 * distance, 2 * STAND_INS), reach)
+        usable: deque[Row] = deque(maxlen=STAND_INS)
+        trailing = 0
+        for row in read(_leading_to(span, distance, samples)):
+            if row["error"]:
+                trailing += 1
+            else:
+                usable.append(row)
+                trailing = 0
+        if len(usable) == STAND_INS or distance == reach:
+            return list(usable), trailing
+
+
+def _leading_to(span: Span, distance: int, samples: int) -> tuple[Span, ...]:
+    """The `distance` positions before a span of the same epoch, around the circle."""
+    start = span.start - distance
+    if start >= 0:
+        return (Span(span.epoch, start, span.start),)
+    end_of_epoch = Span(span.epoch, samples + start, samples)
+    return (end_of_epoch, Span(span.epoch, 0, span.start)) if span.start else (end_of_epoch,)
