@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -258,7 +259,11 @@ def _synchronised(module: nn.Module) -> nn.Module:
     if world_size() == 1:
         return module
     # Buffers are not broadcast: queues are equal by construction, and batch statistics are each worker's own.
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`broadcast_buffers` is deprecated", FutureWarning
+        )  # torch < 2.13 has no other
+        return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def _no_sync_before_last(

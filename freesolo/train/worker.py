@@ -36,6 +36,7 @@ from ray.train import (
 )
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution import context as ray_train_context
 
 from freesolo.cluster import check_cluster, data_cpus, warn_of_nodes_without_labels
 from freesolo.config import Job
@@ -203,7 +204,8 @@ def _trainer(plan: TrainingPlan, resources: ResourceSettings, config: dict[str, 
 
 def train_worker(config: dict[str, Any]) -> Outcome:
     """Train as one of Ray Train's workers."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it tells of every checkpoint
+    for told_of_every_checkpoint in ("ray.train", ray_train_context.__file__):  # one of Ray's loggers has a file's name
+        logging.getLogger(told_of_every_checkpoint).setLevel(logging.WARNING)
     plan: TrainingPlan = config["plan"]
     resources: ResourceSettings = config["resources"]
     workers = ray.train.get_context().get_world_size()

@@ -117,6 +117,8 @@ def test_a_submitted_job_trains_stops_when_told_and_goes_on(head: RayHead, tmp_p
     stopped = re.search(rf"error: stopped at step (\d+) of {STEPS}, as asked; run the same again to go on", logs)
     assert stopped, logs
     assert re.search(r"solo: .*steps", logs), logs  # progress that a log can hold
+    assert "Reporting training result" not in logs
+    assert "Warning" not in logs
     saved = max(stage.glob("checkpoints/step-*"))
     assert int(saved.name.removeprefix("step-")) == int(stopped.group(1)) < STEPS
     assert jobs.status("first") == "STOPPED"
