@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from freesolo.ops.masks import Rle, rle_from_coco
+from freesolo.ops.mask_storage import Rle, rle_from_coco
 
 CORLOC_IOU = 0.5
 _OBJECT = 1  # the one category, of everything

@@ -1,4 +1,4 @@
-"""Random views of images: crops on the host, colours in batches on the training device.
+"""Random colours of images, in batches on the training device; crops are made before, on the host (`data.crops`).
 
 Every image has its own random parameters. They are drawn on the host and sent along, so nothing waits for the device
 and only the images that an operation falls to are worked on. With a CPU generator they are the same on every device.
@@ -10,10 +10,8 @@ import hashlib
 import math
 from dataclasses import replace
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
-from PIL import Image
 from torch import Tensor
 
 from freesolo.data.colour import blend, gaussian_blur, grayscale, shift_hue
@@ -21,8 +19,7 @@ from freesolo.ops.images import normalize
 from freesolo.settings import ColourSettings, SegmentationViewSettings, ViewSettings
 from freesolo.types import ImageBatch
 
-_ASPECT_RATIOS = (3 / 4, 4 / 3)  # of crops
-_ATTEMPTS = 10  # to fit a random rectangle into an image, as in torchvision
+_ATTEMPTS = 10  # to fit a random rectangle into an image
 # Share of the image and height over width of each erasing in turn, those of the strong augmentation that FreeSOLO
 # takes over from Unbiased Teacher (arXiv:2102.09480).
 _ERASINGS = (((0.05, 0.2), (0.3, 3.3)), ((0.02, 0.2), (0.1, 6.0)), ((0.02, 0.2), (0.05, 8.0)))
@@ -50,7 +47,7 @@ def contrastive_view(
     Source: MoCo v2 (arXiv:2003.04297) sec. 3, in its order.
 
     Args:
-        pixels: Crops, `random_resized_crop`'s; B may be 0.
+        pixels: Crops, `data.crops.random_resized_crop`'s; B may be 0.
         settings: Strengths and probabilities.
         generator: Best on the CPU: then the view is the same whatever device the pixels are on.
     """
@@ -82,44 +79,6 @@ def strong_view(images: ImageBatch, settings: SegmentationViewSettings, generato
     if not images.pixels.is_floating_point():
         colours = colours.round()
     return replace(images, pixels=colours.to(images.pixels.dtype))
-
-
-def random_resized_crop(
-    image: UInt8[np.ndarray, "H W 3"], size: int, scale: tuple[float, float], rng: np.random.Generator
-) -> UInt8[np.ndarray, "S S 3"]:
-    """A random part of an image, of aspect ratio 3/4 to 4/3, resized to a square.
-
-    Args:
-        image: RGB.
-        size: Side of the square in px.
-        scale: Least and greatest share of the image's area.
-        rng: Source of randomness.
-
-    Returns:
-        The crop, resized bilinearly with antialiasing. Where no such part fits (a very long image), the largest
-        part in the middle whose ratio is allowed.
-    """
-    top, left, height, width = _random_crop(image.shape[0], image.shape[1], scale, rng)
-    # Cut before resizing: Pillow's `box` would let pixels just outside it shine in.
-    crop = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
-    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def _random_crop(
-    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a part of an image."""
-    low, high = _ASPECT_RATIOS
-    for _ in range(_ATTEMPTS):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
-            return int(top), int(left), crop_height, crop_width
-    crop_width = min(width, max(1, round(height * high)))
-    crop_height = min(height, max(1, round(width / low)))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def _augment_colours(

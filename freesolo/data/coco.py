@@ -21,7 +21,7 @@ from freesolo.data.documents import short
 from freesolo.data.labels import ImageLabels, LabelledInstance, read_label_file, read_label_manifest
 from freesolo.data.shards import Sample, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
-from freesolo.ops.masks import Rle, rle_from_coco
+from freesolo.ops.mask_storage import Rle, rle_from_coco
 from freesolo.settings import MAX_INSTANCES
 
 OBJECT_CATEGORY: dict[str, Any] = {"id": 1, "name": "object", "supercategory": "object"}

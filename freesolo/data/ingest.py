@@ -2,7 +2,7 @@
 
 Streams: Ray Data reads, decodes and augments on the cluster's CPUs, one stream per train worker.
 
-    shards ──(read: whole windows, permuted)──▶ samples ──(view: decode, crop; a task a block)──▶ rows ──▶ batches
+    shards ──(read: whole windows, permuted)──▶ samples ──(view: decode, crop)──▶ rows ──(collate)──▶ batches
 
 Each train worker drives its own Ray Data execution over exactly the pieces that `data.order` gives it, in that order.
 No process sees the whole data set, and what has been consumed is known by counting steps.
@@ -76,7 +76,8 @@ class TrainingStream(Generic[Batch]):
         dataset_url: Of the data set.
         manifest: Its manifest.
         labels: Label set to join, shard by shard; None: the data set's own annotations, where the view wants any.
-        view: How a sample becomes a row and rows become a batch.
+        view: How a sample becomes a row, in a Ray task.
+        collate: How rows become a batch, in the train worker.
         order: The order of epochs.
         batch_size: Samples of an optimiser step, all workers together.
         accumulation_steps: Batches that this stream yields per optimiser step.
@@ -87,7 +88,8 @@ class TrainingStream(Generic[Batch]):
     dataset_url: str
     manifest: DatasetManifest
     labels: LabelSet | None
-    view: View[Batch]
+    view: View
+    collate: Callable[[Sequence[Row]], Batch]
     order: Order
     batch_size: int
     accumulation_steps: int = 1
@@ -116,7 +118,7 @@ class TrainingStream(Generic[Batch]):
             self._rows(spans()), spans(), self._rows, samples=self.samples, reach=largest_window + 2 * STAND_INS
         )
         while batch := list(islice(rows, rows_per_batch)):
-            yield self._collate(batch)
+            yield self._batch(batch)
 
     def _rows(self, spans: Iterable[Span]) -> Iterator[Row]:
         pieces = self.order.pieces(spans)
@@ -145,12 +147,12 @@ class TrainingStream(Generic[Batch]):
             bounds=self.bounds,
         )
 
-    def _collate(self, rows: Sequence[tuple[Row, Row | None]]) -> StreamBatch[Batch]:
+    def _batch(self, rows: Sequence[tuple[Row, Row | None]]) -> StreamBatch[Batch]:
         bad = tuple(BadSample(row["key"], row["error"]) for row, _ in rows if row["error"])
         usable = [stand_in for _, stand_in in rows if stand_in is not None]
         if len(usable) < len(rows):
             raise JobError(f"{self.dataset_url}: no usable sample far and wide; one is {bad[0].key}: {bad[0].reason}")
-        return StreamBatch(self.view.batch(usable), bad)
+        return StreamBatch(self.collate(usable), bad)
 
 
 def configure_ray_data(*, cpus: float | None = None) -> None:
@@ -237,13 +239,13 @@ def cause_of(error: RayTaskError) -> BaseException:
     return cause
 
 
-def _view_block(view: View[Batch], block: pa.Table) -> pa.Table:
+def _view_block(view: View, block: pa.Table) -> pa.Table:
     """Decode and crop the samples of a block; runs in a Ray task."""
     rows = [_view_row(view, record) for record in block.to_pylist()]
     return pa.Table.from_pylist(rows, schema=view.schema)
 
 
-def _view_row(view: View[Batch], record: Row) -> Row:
+def _view_row(view: View, record: Row) -> Row:
     if record["error"]:
         return {"key": record["key"], "error": record["error"]}
     sample: Sample

@@ -25,7 +25,7 @@ from jaxtyping import Float16, Float64, Integer
 from freesolo.data.documents import short
 from freesolo.data.parquet_footer import declared_size
 from freesolo.errors import JobError
-from freesolo.ops.masks import Rle, check_rle_counts
+from freesolo.ops.mask_storage import Rle, check_rle_counts
 from freesolo.settings import MAX_INSTANCES
 
 # What a label file may become in memory. A few kilobytes of parquet can say "the same value, a billion times".

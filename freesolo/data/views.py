@@ -1,37 +1,33 @@
-"""How a stored sample becomes a row of a stream, and rows become a batch: one view for DenseCL, one for SOLO.
+"""How a stored sample becomes a row of a training's stream: one view for DenseCL, one for SOLO.
 
-`row` runs in Ray Data tasks, one sample at a time: decoding and geometry, on uint8. `batch` runs in the train worker.
-Colour augmentation is not here: it is done on whole batches, on the training device (`data.augment`).
+This runs in Ray Data tasks, one sample at a time: decoding and geometry, on uint8, without PyTorch. Rows become batches
+in the train worker (`data.collate`); colours are changed there, on whole batches (`data.augment`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 from PIL import Image
-from torch import Tensor
 
-from freesolo.data.augment import random_resized_crop
 from freesolo.data.coco import sample_labels
+from freesolo.data.crops import random_resized_crop
 from freesolo.data.labels import ImageLabels
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import Sample
-from freesolo.ops.images import pad_to_batch, resized_size
-from freesolo.ops.masks import decode_rle, pack_masks, resize_masks_soft, unpack_masks
+from freesolo.ops.mask_storage import pack_masks, rle_pixels
+from freesolo.ops.sizes import resized_size
 from freesolo.settings import SegmentationViewSettings, ViewSettings
-from freesolo.types import ImageBatch, Instances, SegmentationBatch
 
 Row = dict[str, Any]
-Batch_co = TypeVar("Batch_co", covariant=True)
 
 
 @runtime_checkable
-class View(Protocol[Batch_co]):
+class View(Protocol):
     """A way to look at samples."""
 
     @property
@@ -40,33 +36,6 @@ class View(Protocol[Batch_co]):
 
     def row(self, sample: Sample, labels: ImageLabels | None, random: np.random.Generator) -> Row:
         """One sample, decoded and cropped; an unusable one gives its key and the reason as `error`."""
-
-    def batch(self, rows: list[Row]) -> Batch_co:
-        """Usable rows, at least one, as tensors on the CPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class CropPair:
-    """Two crops of each image, before colour augmentation.
-
-    Attributes:
-        query: RGB, `(B, 3, S, S)`.
-        key: RGB, `(B, 3, S, S)`.
-        image_ids: The data set's ids, one an image.
-    """
-
-    query: UInt8[Tensor, "B 3 S S"]
-    key: UInt8[Tensor, "B 3 S S"]
-    image_ids: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def to(self, device: torch.device | str) -> CropPair:
-        """The same record on another device."""
-        return CropPair(
-            self.query.to(device, non_blocking=True), self.key.to(device, non_blocking=True), self.image_ids
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +78,6 @@ class ContrastiveView:
             "query_crop": query_crop.tobytes(),
             "key_crop": key_crop.tobytes(),
         }
-
-    def batch(self, rows: list[Row]) -> CropPair:
-        """Crops stacked."""
-        query = self._stack([row["query_crop"] for row in rows])
-        key = self._stack([row["key_crop"] for row in rows])
-        return CropPair(query, key, tuple(row["image_id"] for row in rows))
-
-    def _stack(self, crops: list[bytes]) -> UInt8[Tensor, "B 3 S S"]:
-        size = self.settings.size
-        pixels = np.frombuffer(b"".join(crops), np.uint8).reshape(len(crops), size, size, 3)
-        return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +129,9 @@ class SegmentationView:
         height, width = resized_size(sample.height, sample.width, short_side, self.settings.long_side_max)
         pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
         masks = self._masks(labels, height, width)
-        kept = masks.flatten(1).any(dim=1)
+        kept = np.asarray(masks.any(axis=(1, 2)))
         if flip:
-            pixels, masks = pixels[:, ::-1], masks.flip(2)
+            pixels, masks = pixels[:, ::-1], masks[:, :, ::-1]
         instances = [instance for instance, keep in zip(labels.instances, kept.tolist(), strict=True) if keep]
         return {
             "key": sample.key,
@@ -187,44 +145,14 @@ class SegmentationView:
             "embeddings": b"".join(self._embedding(instance.embedding).tobytes() for instance in instances),
         }
 
-    def batch(self, rows: list[Row]) -> SegmentationBatch:
-        """Photos and masks padded to one extent."""
-        images = [_pixels(row) for row in rows]
-        pixels, sizes = pad_to_batch(images, self.settings.size_divisor)
-        batch = ImageBatch(pixels, sizes, tuple(row["image_id"] for row in rows))
-        counts = [len(row["scores"]) for row in rows]
-        masks = torch.zeros(sum(counts), *pixels.shape[-2:], dtype=torch.bool)
-        offset = 0
-        for row, count in zip(rows, counts, strict=True):
-            masks[offset : offset + count, : row["height"], : row["width"]] = _masks(row, count)
-            offset += count
-        embeddings = np.frombuffer(b"".join(row["embeddings"] for row in rows), np.float16)
-        instances = Instances(
-            image_index=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)),
-            masks=masks,
-            category_ids=torch.tensor([c for row in rows for c in row["category_ids"]], dtype=torch.int64),
-            scores=torch.tensor([score for row in rows for score in row["scores"]], dtype=torch.float32),
-            embeddings=torch.from_numpy(embeddings.astype(np.float32)).view(sum(counts), self.embedding_channels),
-        )
-        return SegmentationBatch(batch, instances)
-
-    def _masks(self, labels: ImageLabels, height: int, width: int) -> Bool[Tensor, "N H W"]:
-        resized = torch.zeros(len(labels.instances), height, width, dtype=torch.bool)
-        # One at a time: a hundred masks of a large photo, as floats, would take tens of gigabytes.
-        for row, instance in zip(resized, labels.instances, strict=True):
-            mask = decode_rle([instance.rle], labels.height, labels.width)
-            row[:] = (resize_masks_soft(mask.float(), height, width) > 0.5)[0]
+    def _masks(self, labels: ImageLabels, height: int, width: int) -> Bool[np.ndarray, "N H W"]:
+        """Resized as the photo is."""
+        resized = np.zeros((len(labels.instances), height, width), bool)
+        for index, instance in enumerate(labels.instances):
+            (mask,) = rle_pixels([instance.rle], labels.height, labels.width)
+            soft = Image.fromarray(mask.view(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+            resized[index] = np.asarray(soft) > 127
         return resized
 
     def _embedding(self, embedding: np.ndarray) -> np.ndarray:
         return embedding if embedding.size else np.zeros(self.embedding_channels, np.float16)
-
-
-def _pixels(row: Row) -> UInt8[Tensor, "3 H W"]:
-    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
-
-
-def _masks(row: Row, count: int) -> Bool[Tensor, "N H W"]:
-    packed = np.frombuffer(row["masks"], np.uint8).reshape(count, (row["height"] * row["width"] + 7) // 8)
-    return unpack_masks(torch.from_numpy(packed.copy()), row["height"], row["width"])

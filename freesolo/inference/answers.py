@@ -17,8 +17,9 @@ from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.inference.segment import SegmentPhotos, build_segmenter
 from freesolo.models.model_file import ModelFile, load_model
 from freesolo.models.resnet import build_resnet
-from freesolo.ops.images import normalize, resized_size
+from freesolo.ops.images import normalize
 from freesolo.ops.masks import boxes_xywh, encode_rle
+from freesolo.ops.sizes import resized_size
 from freesolo.settings import PredictSettings
 from freesolo.types import Instances
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from freesolo.data.labels import ImageLabels, LabelledInstance
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import Sample, ShardError, ShardInfo, read_shard, shard_index
-from freesolo.ops.images import resized_size
 from freesolo.ops.masks import boxes_xywh, encode_rle
+from freesolo.ops.sizes import resized_size
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
 # Photos of rare sizes wait for company while this many batches' worth of photos are waiting in all; then the largest

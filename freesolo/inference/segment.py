@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from freesolo.models.model_file import ModelFile, load_model
-from freesolo.ops.images import normalize, pad_to_batch, resized_size
+from freesolo.ops.images import normalize, pad_to_batch
+from freesolo.ops.sizes import resized_size
 from freesolo.settings import PredictSettings, SoloModelSettings
 from freesolo.solo.model import INPUT_DIVISOR, Segmenter
 from freesolo.solo.postprocess import instances_from_predictions

@@ -1,4 +1,4 @@
-"""Image arithmetic: sizes, padding, and the normalisation that backbones expect."""
+"""Image arithmetic: padding, and the normalisation that backbones expect."""
 
 from __future__ import annotations
 
@@ -19,25 +19,6 @@ def normalize(pixels: Shaped[Tensor, "*batch 3 H W"]) -> Float[Tensor, "*batch 3
     """
     channels = zip(pixels.unbind(dim=-3), IMAGENET_MEAN, IMAGENET_STD, strict=True)
     return torch.stack([(channel.float() - 255.0 * mean) / (255.0 * std) for channel, mean, std in channels], dim=-3)
-
-
-def resized_size(height: int, width: int, short_side: int, long_side_max: int) -> tuple[int, int]:
-    """Height and width after a resize that keeps the aspect ratio.
-
-    The short side becomes `short_side`, unless the long side would then exceed `long_side_max`: that then becomes
-    the long side. Whole-number arithmetic, halves rounded up, so that every machine agrees; no side is below 1.
-
-    Raises:
-        ValueError: If a number is not positive.
-    """
-    if min(height, width, short_side, long_side_max) <= 0:
-        raise ValueError(f"sizes must be positive: {height} x {width} to {short_side}, at most {long_side_max}")
-    short, long = min(height, width), max(height, width)
-    numerator, denominator = (
-        (short_side, short) if long * short_side <= long_side_max * short else (long_side_max, long)
-    )
-    new_height, new_width = ((2 * side * numerator + denominator) // (2 * denominator) for side in (height, width))
-    return max(1, new_height), max(1, new_width)
 
 
 def pad_to_batch(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from freesolo.config import PretrainJob
+from freesolo.data.collate import collate_crops
 from freesolo.data.ingest import TrainingStream
 from freesolo.data.order import Order
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest
@@ -102,6 +103,7 @@ def _build(
         manifest=manifest,
         labels=None,
         view=ContrastiveView(settings.views),
+        collate=partial(collate_crops, size=settings.views.size),
         order=Order(
             tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
         ),

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import UInt8
 
 from freesolo.config import TrainJob
+from freesolo.data.collate import collate_photos
 from freesolo.data.ingest import TrainingStream
 from freesolo.data.labels import LabelSet, read_labels_of
 from freesolo.data.order import Order
@@ -140,6 +141,11 @@ def _build(
         manifest=manifest,
         labels=labels,
         view=SegmentationView(settings.views, settings.model.embedding_channels),
+        collate=partial(
+            collate_photos,
+            size_divisor=settings.views.size_divisor,
+            embedding_channels=settings.model.embedding_channels,
+        ),
         order=Order(
             tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
         ),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from freesolo.data.augment import contrastive_view, strong_view
+from freesolo.data.collate import CropPair
 from freesolo.data.copy_paste import copy_paste
-from freesolo.data.views import CropPair
 from freesolo.densecl.model import DenseCL
 from freesolo.settings import SegmentationViewSettings, ViewSettings
 from freesolo.solo.task import SoloTask

@@ -15,7 +15,8 @@ from torch.nn import functional
 from freesolo.data.labels import LabelledInstance
 from freesolo.freemask.algorithm import free_masks
 from freesolo.inference.batches import labelled_instances
-from freesolo.ops.masks import Rle, decode_rle
+from freesolo.ops.mask_storage import Rle
+from freesolo.ops.masks import decode_rle
 from freesolo.settings import FreeMaskSettings
 from tests.benchmarks.measure import Benchmark, Case
 from tests.benchmarks.synthetic import smooth_noise

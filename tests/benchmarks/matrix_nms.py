@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from freesolo.ops.masks import Rle, encode_rle, mask_iou
+from freesolo.ops.mask_storage import Rle
+from freesolo.ops.masks import encode_rle, mask_iou
 from freesolo.ops.nms import matrix_nms
 from tests.benchmarks.measure import Benchmark, Case
 from tests.benchmarks.synthetic import crowded_ellipses

@@ -18,8 +18,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from freesolo.ops.images import normalize, pad_to_batch, resized_size
-from freesolo.ops.masks import decode_rle, encode_rle, rle_from_coco
+from freesolo.ops.images import normalize, pad_to_batch
+from freesolo.ops.mask_storage import rle_from_coco
+from freesolo.ops.masks import decode_rle, encode_rle
+from freesolo.ops.sizes import resized_size
 from freesolo.settings import InferenceSettings, LossSettings, SoloModelSettings
 from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.solo.task import SoloTask

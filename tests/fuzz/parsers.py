@@ -45,7 +45,8 @@ from freesolo.errors import JobError, UsageError
 from freesolo.models.model_file import load_model, save_model
 from freesolo.models.resnet import build_resnet
 from freesolo.models.weights import load_backbone, read_state_dict
-from freesolo.ops.masks import check_rle_counts, decode_rle, encode_rle, rle_from_coco
+from freesolo.ops.mask_storage import check_rle_counts, rle_from_coco
+from freesolo.ops.masks import decode_rle, encode_rle
 from freesolo.settings import BoundsSettings, LoopSettings, OptimizerSettings, Settings
 from freesolo.tracking.journal import Journal, read_journal
 from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint

@@ -7,8 +7,9 @@ import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from freesolo.data.collate import collate_crops, collate_photos
 from freesolo.data.ingest import StreamBatch, TrainingStream, configure_ray_data
 from freesolo.data.labels import (
     ImageLabels,
@@ -33,7 +35,7 @@ from freesolo.data.order import Order, StreamState, advance, worker_spans
 from freesolo.data.shards import DatasetManifest, Sample, read_shard, shard_name, write_dataset_manifest, write_shard
 from freesolo.data.views import ContrastiveView, SegmentationView, View
 from freesolo.errors import JobError
-from freesolo.ops.masks import Rle
+from freesolo.ops.mask_storage import Rle
 from freesolo.settings import BoundsSettings, SegmentationViewSettings, ViewSettings
 from freesolo.types import SegmentationBatch
 
@@ -45,8 +47,6 @@ SAMPLES = sum(SHARDS)
 GREY = 20  # times the image's id is its colour
 CHANNELS = 4  # of an embedding
 WEAK = SegmentationViewSettings(short_sides=(SIDE,), size_divisor=SIDE, flip_probability=0.0)
-
-Batch = TypeVar("Batch")
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +134,18 @@ class Stored:
     labels: Path
     manifest: DatasetManifest
 
-    def stream(self, view: View[Batch], batch_size: int, *, labelled: bool = True) -> TrainingStream[Batch]:
+    def stream(self, view: View, batch_size: int, *, labelled: bool = True) -> TrainingStream[Any]:
+        if isinstance(view, ContrastiveView):
+            collate = partial(collate_crops, size=view.settings.size)
+        else:
+            divisor, channels = view.settings.size_divisor, view.embedding_channels
+            collate = partial(collate_photos, size_divisor=divisor, embedding_channels=channels)
         return TrainingStream(
             dataset_url=str(self.dataset),
             manifest=self.manifest,
             labels=read_labels_of(str(self.labels), self.manifest) if labelled else None,
             view=view,
+            collate=collate,
             order=Order(SHARDS, seed=3, window_shards=2),
             batch_size=batch_size,
         )

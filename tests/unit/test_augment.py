@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from freesolo.data.augment import contrastive_view, host_generator, random_resized_crop, strong_view
+from freesolo.data.augment import contrastive_view, host_generator, strong_view
 from freesolo.data.colour import blend, gaussian_blur, grayscale, shift_hue
+from freesolo.data.crops import random_resized_crop
 from freesolo.ops.images import IMAGENET_MEAN, IMAGENET_STD
 from freesolo.settings import SegmentationViewSettings, ViewSettings
 from freesolo.types import ImageBatch

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from freesolo.ops.images import IMAGENET_MEAN, IMAGENET_STD, normalize, pad_to_batch, resized_size
+from freesolo.ops.images import IMAGENET_MEAN, IMAGENET_STD, normalize, pad_to_batch
+from freesolo.ops.sizes import resized_size
 
 
 def test_normalize_takes_the_mean_to_zero_and_one_deviation_to_one():

@@ -8,18 +8,16 @@ import torch
 from hypothesis import given, settings, strategies
 from pycocotools import mask as coco_mask
 
+from freesolo.ops.mask_storage import check_rle_counts, pack_masks, rle_from_coco
 from freesolo.ops.masks import (
     areas,
     boxes_xywh,
     boxes_xyxy,
     centre_of_mass,
-    check_rle_counts,
     decode_rle,
     encode_rle,
     mask_iou,
-    pack_masks,
     resize_masks_soft,
-    rle_from_coco,
     unpack_masks,
 )
 
@@ -108,7 +106,7 @@ def test_no_masks_have_no_anything():
     assert mask_iou(NONE, draw(FULL)).shape == (0, 1)
     assert encode_rle(NONE) == []
     assert decode_rle([], 4, 5).shape == (0, 4, 5)
-    packed = torch.from_numpy(pack_masks(NONE))
+    packed = torch.from_numpy(pack_masks(NONE.numpy()))
     assert packed.shape == (0, 3)
     assert unpack_masks(packed, 4, 5).shape == (0, 4, 5)
 
@@ -170,19 +168,19 @@ def test_coco_segmentations_that_cannot_be_are_refused():
 @pytest.mark.parametrize("extent", [(1, 1), (2, 4), (3, 5), (7, 9)])
 def test_packed_masks_unpack_to_themselves(extent: tuple[int, int]):
     masks = random_masks(3, *extent)
-    packed = pack_masks(masks)
+    packed = pack_masks(masks.numpy())
     assert packed.shape == (3, -(-extent[0] * extent[1] // 8))
     assert torch.equal(unpack_masks(torch.from_numpy(packed), *extent), masks)
 
 
 def test_packed_masks_put_the_first_pixel_in_the_highest_bit():
     # CORNER row by row: 11000 10000 00000 00000 -> 1100 0100 | 0000 0000 | 0000 (0000)
-    assert pack_masks(draw(CORNER)).tolist() == [[0b11000100, 0, 0]]
+    assert pack_masks(draw(CORNER).numpy()).tolist() == [[0b11000100, 0, 0]]
 
 
 def test_bytes_of_another_extent_are_refused():
     with pytest.raises(ValueError, match="3 bytes a mask cannot be 5 x 5"):
-        unpack_masks(torch.from_numpy(pack_masks(draw(CORNER))), 5, 5)
+        unpack_masks(torch.from_numpy(pack_masks(draw(CORNER).numpy())), 5, 5)
 
 
 # What made pycocotools 2.0.11 crash, hang or read memory that is not its own, and some more of its kind.

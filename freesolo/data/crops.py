@@ -1,0 +1,50 @@
+"""Random crops of a photo, on the host."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+_ASPECT_RATIOS = (3 / 4, 4 / 3)
+_ATTEMPTS = 10  # to fit a random rectangle into an image, as in torchvision
+
+
+def random_resized_crop(
+    image: UInt8[np.ndarray, "H W 3"], size: int, scale: tuple[float, float], rng: np.random.Generator
+) -> UInt8[np.ndarray, "S S 3"]:
+    """A random part of an image, of aspect ratio 3/4 to 4/3, resized to a square.
+
+    Args:
+        image: RGB.
+        size: Side of the square in px.
+        scale: Least and greatest share of the image's area.
+        rng: Source of randomness.
+
+    Returns:
+        The crop, resized bilinearly with antialiasing. Where no such part fits (a very long image), the largest
+        part in the middle whose ratio is allowed.
+    """
+    top, left, height, width = _random_crop(image.shape[0], image.shape[1], scale, rng)
+    # Cut before resizing: Pillow's `box` would let pixels just outside it shine in.
+    crop = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
+    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _random_crop(
+    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a part of an image."""
+    low, high = _ASPECT_RATIOS
+    for _ in range(_ATTEMPTS):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
+            return int(top), int(left), crop_height, crop_width
+    crop_width = min(width, max(1, round(height * high)))
+    crop_height = min(height, max(1, round(width / low)))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
