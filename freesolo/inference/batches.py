@@ -16,15 +16,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from PIL import Image
-from torch import Tensor
 
-from freesolo.data.labels import ImageLabels, LabelledInstance
+from freesolo.data.labels import ImageLabels
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import Sample, ShardError, ShardInfo, read_shard, shard_index
-from freesolo.ops.masks import boxes_xywh, encode_rle
 from freesolo.ops.sizes import resized_size
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
@@ -207,41 +204,6 @@ def _decode(photo: EncodedPhoto, height: int, width: int) -> UInt8[np.ndarray, "
         raise PhotoError(labels.error)
     image = decode_photo(photo.data, min_short_side=min(height, width), size=(labels.height, labels.width))
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def labelled_instances(
-    masks: Bool[Tensor, "N H W"],
-    scores: Float[Tensor, " N"],
-    category_ids: Int64[Tensor, " N"],
-    embeddings: Float[Tensor, "N E"],
-) -> tuple[LabelledInstance, ...]:
-    """The instances of one image as a label set stores them.
-
-    Args:
-        masks: At the photo's own size. N may be 0.
-        scores: Best first.
-        category_ids: 0 for class-agnostic objects.
-        embeddings: E may be 0.
-    """
-    columns = zip(
-        encode_rle(masks),
-        boxes_xywh(masks).tolist(),
-        scores.tolist(),
-        category_ids.tolist(),
-        embeddings.to(torch.float16).cpu().numpy(),
-        strict=True,
-    )
-    return tuple(
-        LabelledInstance(
-            mask_id=0,
-            rle=rle,
-            bbox_xywh=(x, y, width, height),
-            score=score,
-            category_id=category_id,
-            embedding=embedding,
-        )
-        for rle, (x, y, width, height), score, category_id, embedding in columns
-    )
 
 
 def _unlabelled(sample: Sample) -> ImageLabels:

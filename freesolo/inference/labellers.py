@@ -10,15 +10,16 @@ from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from freesolo.data.labels import LabelledInstance
 from freesolo.freemask.algorithm import free_masks
-from freesolo.inference.batches import labelled_instances
 from freesolo.inference.segment import SegmentPhotos, build_segmenter
 from freesolo.models.model_file import ModelFile
 from freesolo.models.resnet import build_resnet
 from freesolo.ops.images import normalize
+from freesolo.ops.masks import boxes_xywh, encode_rle
 from freesolo.settings import ExtractSettings, PredictSettings
 from freesolo.types import ImageBatch
 
@@ -96,3 +97,38 @@ class SoloLabeller:
             labelled_instances(found.masks, found.scores, found.category_ids, found.embeddings)
             for found in self._segment.segment(images, original_sizes)
         ]
+
+
+def labelled_instances(
+    masks: Bool[Tensor, "N H W"],
+    scores: Float[Tensor, " N"],
+    category_ids: Int64[Tensor, " N"],
+    embeddings: Float[Tensor, "N E"],
+) -> tuple[LabelledInstance, ...]:
+    """The instances of one image as a label set stores them.
+
+    Args:
+        masks: At the photo's own size. N may be 0.
+        scores: Best first.
+        category_ids: 0 for class-agnostic objects.
+        embeddings: E may be 0.
+    """
+    columns = zip(
+        encode_rle(masks),
+        boxes_xywh(masks).tolist(),
+        scores.tolist(),
+        category_ids.tolist(),
+        embeddings.to(torch.float16).cpu().numpy(),
+        strict=True,
+    )
+    return tuple(
+        LabelledInstance(
+            mask_id=0,
+            rle=rle,
+            bbox_xywh=(x, y, width, height),
+            score=score,
+            category_id=category_id,
+            embedding=embedding,
+        )
+        for rle, (x, y, width, height), score, category_id, embedding in columns
+    )

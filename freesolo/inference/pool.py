@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -29,7 +27,8 @@ from freesolo.cluster import check_cluster, full_memory_told
 from freesolo.data.ingest import Readers, cause_of
 from freesolo.data.shards import ShardInfo
 from freesolo.errors import JobError
-from freesolo.inference.batches import BatchPlan, DecodedBatch, EncodedBatch, Entry, decode_batch, read_batches
+from freesolo.inference.batches import BatchPlan, DecodedBatch, Entry
+from freesolo.inference.blocks import block_of, decode_block, payloads_of, read_blocks
 from freesolo.inference.labellers import Labeller, MakeLabeller
 from freesolo.settings import ResourceSettings
 from freesolo.types import ImageBatch
@@ -111,13 +110,13 @@ def _stream(
 ) -> Dataset:
     resources = pool.resources
     read = ray.data.read_datasource(
-        Readers([partial(_read_blocks, dataset_url, shard, batches) for shard in shards], [None] * len(shards)),
+        Readers([partial(read_blocks, dataset_url, shard, batches) for shard in shards], [None] * len(shards)),
         num_cpus=READ_CPUS,
         concurrency=readers,
         override_num_blocks=len(shards),
     )
     decoded = read.map_batches(
-        partial(_decode_block, batches),
+        partial(decode_block, batches),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=DECODE_CPUS,
@@ -141,7 +140,7 @@ def _rows(dataset: Dataset) -> Generator[LabelledBatch, None, None]:
     blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
     try:
         for block in blocks:
-            yield from _payloads(block)
+            yield from payloads_of(block)
     finally:
         blocks.close()  # type: ignore[attr-defined]  # a generator; closed, it stops the execution
 
@@ -182,18 +181,6 @@ def _quiet_loggers() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _read_blocks(dataset_url: str, shard: ShardInfo, batches: BatchPlan) -> Iterator[pa.Table]:
-    """The encoded batches of a shard, each a block; runs in a Ray task."""
-    for batch in read_batches(dataset_url, shard, batches):
-        yield _block([batch])
-
-
-def _decode_block(batches: BatchPlan, block: pa.Table) -> pa.Table:
-    """Decode the batches of a block; runs in a Ray task."""
-    encoded: list[EncodedBatch] = _payloads(block)
-    return _block([decode_batch(batch, batches) for batch in encoded])
-
-
 class _LabellingActor:
     """Holds the model; one process of the pool."""
 
@@ -212,8 +199,8 @@ class _LabellingActor:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Label the batches of a block."""
-        decoded: list[DecodedBatch] = _payloads(block)
-        return _block([(batch.shard, _labelled(batch, self._label)) for batch in decoded])
+        decoded: list[DecodedBatch] = payloads_of(block)
+        return block_of([(batch.shard, _labelled(batch, self._label)) for batch in decoded])
 
 
 def _device(resources: ResourceSettings) -> torch.device:
@@ -242,11 +229,3 @@ def _labelled(batch: DecodedBatch, label: Labeller) -> tuple[Entry, ...]:
         for entry, found in zip(batch.readable, instances, strict=True)
     ]
     return (*labelled, *batch.unreadable)
-
-
-def _block(payloads: list[Any]) -> pa.Table:
-    return pa.table({"payload": pa.array([pickle.dumps(payload) for payload in payloads], pa.binary())})
-
-
-def _payloads(block: pa.Table) -> list[Any]:
-    return [pickle.loads(payload.as_buffer()) for payload in block.column("payload")]

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from freesolo.data.labels import LabelledInstance
 from freesolo.freemask.algorithm import free_masks
-from freesolo.inference.batches import labelled_instances
+from freesolo.inference.labellers import labelled_instances
 from freesolo.ops.mask_storage import Rle
 from freesolo.ops.masks import decode_rle
 from freesolo.settings import FreeMaskSettings

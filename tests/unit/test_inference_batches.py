@@ -23,9 +23,9 @@ from freesolo.inference.batches import (
     Entry,
     decode_batch,
     group_by_extent,
-    labelled_instances,
     read_batches,
 )
+from freesolo.inference.labellers import labelled_instances
 from freesolo.inference.pipeline import plan_settings
 from freesolo.inference.pool import DECODE_CPUS, READ_CPUS, reader_count
 from freesolo.ops.masks import decode_rle

@@ -34,8 +34,8 @@ ALLOWED = {
     ("freesolo/data/reading.py", "import pickle"),
     ("freesolo/data/ingest.py", "import pickle"),
     ("freesolo/data/ingest.py", "pickle.loads"),
-    ("freesolo/inference/pool.py", "import pickle"),
-    ("freesolo/inference/pool.py", "pickle.loads"),
+    ("freesolo/inference/blocks.py", "import pickle"),
+    ("freesolo/inference/blocks.py", "pickle.loads"),
     # The one reader of torch's files: weights_only, which a test of this file sees to.
     ("freesolo/models/torch_file.py", "torch.load"),
     # With a loader made of SafeLoader, and stricter.
