@@ -75,6 +75,7 @@ def connect(resources: ResourceSettings) -> None:
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, wanted),
+        include_dashboard=False,  # six processes more, for a cluster that ends with the job
         logging_level=logging.WARNING,
         log_to_driver=False,
     )
