@@ -68,8 +68,9 @@ def whole_again(s3_proxy: FaultyProxy) -> Iterator[None]:
     s3_proxy.clear()
 
 
-# Files that a run writes again and again, undisturbed: its journal, Ray's books and its mark that a folder is there.
-GROWING = re.compile(r"metrics\.jsonl$|checkpoint_manager_snapshot|validate_storage_marker")
+# Files that a run writes again and again, undisturbed: its journal, its leases, Ray's books and its mark that a folder
+# is there.
+GROWING = re.compile(r"metrics\.jsonl$|/\.lease/|checkpoint_manager_snapshot|validate_storage_marker")
 
 
 def uploads_done_twice(proxy: FaultyProxy) -> int:
