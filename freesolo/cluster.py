@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import ray
 from ray._private.state import state as ray_state
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from freesolo.errors import JobError, UsageError
 from freesolo.settings import ResourceSettings
@@ -176,25 +174,6 @@ def data_cpus(resources: ResourceSettings, workers: int) -> float:
             _LOG.warning("%s; waiting for more nodes", problem)
             told = True
         time.sleep(_LOOK_SECONDS)
-
-
-@contextmanager
-def full_memory_told() -> Iterator[None]:
-    """Have one line say that Ray's shared memory is full, in this process or in a task that it waits for.
-
-    Raises:
-        JobError: It is, and so is the disk that its objects could go to.
-    """
-    try:
-        yield
-    except (ObjectStoreFullError, OutOfDiskError, RayTaskError) as error:
-        reason = error.cause if isinstance(error, RayTaskError) else error
-        if not isinstance(reason, ObjectStoreFullError | OutOfDiskError):
-            raise
-        raise JobError(
-            "a node's shared memory is full, and so is the disk that Ray moves objects to; `ray memory` shows whose "
-            "they are; run the same again to go on"
-        ) from error
 
 
 def _autoscaler_limits() -> dict[str, float]:

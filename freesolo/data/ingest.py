@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,7 +25,7 @@ import ray
 import ray.data
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayTaskError
 
 from freesolo.data.labels import LabelSet
 from freesolo.data.order import Order, Piece, Span, StreamState, worker_spans
@@ -107,7 +108,8 @@ class TrainingStream(Generic[Batch]):
         """The batches of one worker for the next `steps` steps: `steps * accumulation_steps` of them.
 
         Raises:
-            JobError: A shard or label file cannot be read at all, or far and wide no sample is usable.
+            JobError: A shard or label file cannot be read at all, far and wide no sample is usable, or shared memory is
+                full.
         """
         rows_per_batch = self.batch_size // workers // self.accumulation_steps
         spans = partial(
@@ -129,10 +131,11 @@ class TrainingStream(Generic[Batch]):
                 num_cpus=0.5,  # waits for storage; also keeps it from fusing with decoding
             ).map_batches(partial(_view_block, self.view), batch_size=None, batch_format="pyarrow", num_cpus=1)
             try:
-                for table in dataset.iter_batches(
-                    batch_size=self.batch_size, batch_format="pyarrow", prefetch_batches=self.prefetch_batches
-                ):
-                    yield from table.to_pylist()
+                with full_memory_told():
+                    for table in dataset.iter_batches(
+                        batch_size=self.batch_size, batch_format="pyarrow", prefetch_batches=self.prefetch_batches
+                    ):
+                        yield from table.to_pylist()
             except RayTaskError as error:
                 raise cause_of(error) from None
 
@@ -237,6 +240,25 @@ def cause_of(error: RayTaskError) -> BaseException:
         return error
     cause.args = (str(cause).partition("\n")[0],)  # Ray Data appends advice about itself
     return cause
+
+
+@contextmanager
+def full_memory_told() -> Iterator[None]:
+    """Have one line say that Ray's shared memory is full, in this process or in a task that it waits for.
+
+    Raises:
+        JobError: It is, and so is the disk that its objects could go to.
+    """
+    try:
+        yield
+    except (ObjectStoreFullError, OutOfDiskError, RayTaskError) as error:
+        reason = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(reason, ObjectStoreFullError | OutOfDiskError):
+            raise
+        raise JobError(
+            "a node's shared memory is full, and so is the disk that Ray moves objects to; `ray memory` shows whose "
+            "they are; run the same again to go on"
+        ) from error
 
 
 def _view_block(view: View, block: pa.Table) -> pa.Table:

@@ -23,8 +23,8 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from freesolo.cluster import check_cluster, full_memory_told
-from freesolo.data.ingest import Readers, cause_of
+from freesolo.cluster import check_cluster
+from freesolo.data.ingest import Readers, cause_of, full_memory_told
 from freesolo.data.shards import ShardInfo
 from freesolo.errors import JobError
 from freesolo.inference.batches import BatchPlan, DecodedBatch, Entry

@@ -9,7 +9,7 @@ from pathlib import Path
 import ray
 from torch import Tensor
 
-from freesolo.cluster import full_memory_told
+from freesolo.data.ingest import full_memory_told
 from freesolo.models.weights import read_state_dict
 from freesolo.settings import TrackingSettings
 from freesolo.tracking.server import resolve_server

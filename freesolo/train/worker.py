@@ -158,7 +158,7 @@ def _reason(error: TrainingFailedError | OSError) -> str:
     if not failures:
         return " ".join(str(error).split())
     told = {rank: str(failure).strip().splitlines() or [repr(failure)] for rank, failure in failures.items()}
-    traced = {rank: lines[0].startswith("Traceback") for rank, lines in told.items()}
+    traced = {rank: lines[0].startswith("Traceback") or "ray::" in lines[0] for rank, lines in told.items()}
     first = min(told, key=lambda rank: (traced[rank], rank))
     return f"worker {first}: {told[first][-1 if traced[first] else 0]}"
 

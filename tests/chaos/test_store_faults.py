@@ -69,8 +69,8 @@ def whole_again(s3_proxy: FaultyProxy) -> Iterator[None]:
     s3_proxy.clear()
 
 
-# Files that a run writes again and again, undisturbed: its journal, its leases, which checkpoint is the best, Ray's books
-# and its mark that a folder is there.
+# Files that a run writes again and again, undisturbed: its journal, its leases, which checkpoint is the best, Ray's
+# books and its mark that a folder is there.
 GROWING = re.compile(r"metrics\.jsonl$|/\.lease/|best\.json$|checkpoint_manager_snapshot|validate_storage_marker")
 
 

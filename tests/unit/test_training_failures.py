@@ -6,13 +6,14 @@ import pytest
 from ray.exceptions import ObjectStoreFullError, RayTaskError
 from ray.train import WorkerGroupError
 
-from freesolo.cluster import full_memory_told
+from freesolo.data.ingest import full_memory_told
 from freesolo.errors import JobError
 from freesolo.train.worker import _reason
 
 GLOO = 'Traceback (most recent call last):\n  File "loop.py", line 1, in train\nRuntimeError: Connection closed by peer'
 DISK = 'Traceback (most recent call last):\n  File "worker.py"\nRuntimeError: step 2: the disk is full'
 LOST = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
+TASK = "\x1b[36mray::MapBatches(_view_block)()\x1b[39m (pid=1, ip=127.0.0.1)\n  File x, line 1\nValueError: a bug"
 
 
 def failed(*texts: str) -> WorkerGroupError:
@@ -24,6 +25,7 @@ def failed(*texts: str) -> WorkerGroupError:
     [
         (failed(GLOO, LOST), "worker 1: The actor died unexpectedly before finishing this task."),
         (failed(DISK, GLOO), "worker 0: RuntimeError: step 2: the disk is full"),
+        (failed(TASK), "worker 0: ValueError: a bug"),
         (failed(""), "worker 0: RuntimeError('')"),
         (WorkerGroupError("no worker\nwas started", {}), "Training failed due to worker errors: no worker was started"),
         (OSError("no such\nbucket"), "no such bucket"),
