@@ -70,7 +70,7 @@ test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a 
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" --timeout=3600 --durations=10
 
 chaos: $(READY)  ## Jobs while things break, for build/chaos (its parts take about an hour together; root for hosts and disks)
-	$(BIN)/python -m pytest -m chaos --timeout=1800 --durations=10 $(TWO_AT_A_TIME) tests/chaos
+	$(BIN)/python -m pytest -m chaos --timeout=1800 --durations=10
 
 k8s-check: $(READY)  ## Everything in k8s/ built by kustomize, against schemas and rules (about 10 seconds)
 	@$(BIN)/python -m tests.kubernetes
