@@ -58,13 +58,12 @@ $(DEMO)/data/train/manifest.json: $(DEMO)/photos/held-out/annotations.json
 $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 	@$(BIN)/freesolo pack $(DEMO)/photos/held-out/annotations.json $(DEMO)/data/held-out --samples-per-shard 64
 
-QUICK := -m "not slow and not gpu and not chaos"
-# Each file's tests in one process, which starts a cluster and servers for them.
-TWO_AT_A_TIME := -n 2 --dist loadfile
+# Two files at a time, each in a process that starts a cluster and servers for it; by name, so that end-to-end is first.
+QUICK := -m "not slow and not gpu and not chaos" -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(READY) chromium  ## The tests (about 16 minutes on 2 cores)
 	@echo "test: about 16 minutes on 2 cores"
-	$(BIN)/python -m pytest $(QUICK) $(TWO_AT_A_TIME) --no-loadscope-reorder --durations=25  # by name: end-to-end first
+	$(BIN)/python -m pytest $(QUICK) --durations=25
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" --timeout=3600 --durations=10

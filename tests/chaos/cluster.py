@@ -192,6 +192,9 @@ def cluster() -> Iterator[Cluster]:
         }
         head = RayHead(folder / "h", head_host, num_cpus=1, environment=environment)
         made = Cluster(net, folder, store, mlflow, database, head, head.settings())
+        stack.callback(lambda: [node.kill() for node in made.workers.values()])
+        for server in (store, database, mlflow, head):
+            stack.callback(server.kill)
         for server in (store, database):
             server.start()
         made.bucket("mlflow")
