@@ -2,7 +2,8 @@
 
 Which ones depends on that order and on what is usable in it, and on nothing else: not on batches, nor on how many
 workers read, or from where they went on. So a training with unusable samples is as reproducible as any other, and one
-that meets a whole lost shard goes on as far as its budget of bad samples allows.
+that meets a whole lost shard goes on as far as its budget of bad samples allows. The exception: what is farther back
+than `reach` is not read again, so a run cannot be resumed inside the second of two neighbouring windows both lost.
 """
 
 from __future__ import annotations
