@@ -8,7 +8,7 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIN
 SOURCES := freesolo jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-slow test-image chaos fuzz k8s-check bench image lint type format lock clean chromium
+.PHONY: help environment demo test test-slow test-image chaos fuzz k8s-check bench test-gpu bench-gpu image lint type format lock clean chromium
 
 help:  ## What can be made here
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -83,6 +83,12 @@ fuzz: $(READY)  ## Damaged inputs for every parser, until one fails (about 3 min
 
 bench: $(READY)  ## Times beside named peers', asserting none (about a minute on 2 cores)
 	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json
+
+test-gpu: $(READY)  ## What only a CUDA device can show (about a minute on one)
+	$(BIN)/python -m pytest tests/gpu -m gpu --confcutdir=tests/gpu
+
+bench-gpu: $(READY)  ## Times on a CUDA device beside named peers'; those of torchvision and lightly, where installed
+	$(BIN)/python -m tests.benchmarks --device cuda --json build/benchmarks-gpu.json
 
 lint: $(READY)  ## Format, lint, import layers and the Dockerfile
 	$(BIN)/ruff format --check $(SOURCES)

@@ -1,4 +1,4 @@
-"""Measure this package against peers: `python -m tests.benchmarks [name ...] [--repeats N] [--json path]`.
+"""Measure this package against peers: `python -m tests.benchmarks [name ...] [--device D] [--repeats N] [--json path]`.
 
 Nothing is asserted about times. Each benchmark prints one table; all of them are written as JSON, with every repeat.
 """
@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,24 @@ import torch
 from rich.console import Console
 
 from freesolo.provenance import code_version
-from tests.benchmarks import free_mask, matrix_nms, solo_targets_and_losses
-from tests.benchmarks.measure import as_json, compare, table
+from tests.benchmarks import (
+    densecl_step,
+    free_mask,
+    inference,
+    matrix_nms,
+    solo_targets_and_losses,
+    solo_train_step,
+)
+from tests.benchmarks.measure import as_json, clock_of, compare, matrix_product_rate, table
 
-BENCHMARKS = (solo_targets_and_losses.BENCHMARK, free_mask.BENCHMARK, matrix_nms.BENCHMARK)
+BENCHMARKS = (
+    solo_targets_and_losses.BENCHMARK,
+    solo_train_step.BENCHMARK,
+    densecl_step.BENCHMARK,
+    free_mask.BENCHMARK,
+    matrix_nms.BENCHMARK,
+    inference.BENCHMARK,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,14 +45,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(argv)
     # A log has no width of its own.
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    machine = _machine()
+    device = torch.device(arguments.device)
+    # On both sides float32 is float32; where they train it is autocast that says what is bfloat16.
+    torch.backends.cudnn.allow_tf32 = False
+    peak = matrix_product_rate(device, side=8192 if device.type == "cuda" else 2048)
+    machine = _machine(device) | {"matrix products": f"{peak / 1e12:.2f} TFLOP/s"}
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()), highlight=False)
     results = []
     for benchmark in BENCHMARKS:
         if arguments.names and benchmark.name not in arguments.names:
             continue
-        comparisons = [compare(case, repeats=arguments.repeats) for case in benchmark.cases()]
-        console.print(table(benchmark, comparisons))
+        if missing := [package for package in benchmark.needs if find_spec(package) is None]:
+            console.print(f"{benchmark.name}: left out, because {', '.join(missing)} is not installed", highlight=False)
+            continue
+        clock = clock_of(device)
+        comparisons = [compare(case, repeats=arguments.repeats, clock=clock) for case in benchmark.cases(device)]
+        console.print(table(benchmark, comparisons, peak=peak))
         results.append(as_json(benchmark, comparisons))
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps({"machine": machine, "benchmarks": results}, indent=2) + "\n")
@@ -48,6 +71,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure freesolo against peers.")
     names = [benchmark.name for benchmark in BENCHMARKS]
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, help="how often each side is timed; default: each case's own")
     parser.add_argument("--json", type=Path, default=Path("build/benchmarks.json"), help="default: %(default)s")
     arguments = parser.parse_args(argv)
@@ -59,11 +83,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
     """What the times depend on besides the code."""
     return {
         "code": code_version(),
-        "processor": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
         "torch": torch.__version__,

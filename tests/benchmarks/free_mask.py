@@ -40,6 +40,7 @@ class Found:
 
 
 def cases(
+    device: torch.device,
     channels: int = 2048,
     map_size: tuple[int, int] = (25, 34),
     photo_size: tuple[int, int] = (480, 640),
@@ -48,7 +49,7 @@ def cases(
     settings = FreeMaskSettings()
     generator = torch.Generator().manual_seed(0)
     # A ResNet's last map is after a ReLU.
-    features = smooth_noise(channels, *map_size, generator, cells=6, roughness=0.3).relu()
+    features = smooth_noise(channels, *map_size, generator, cells=6, roughness=0.3).relu().to(device)
     return (
         Case(
             name="map to run-length encodings, a photo",
@@ -107,7 +108,7 @@ def peer_free_masks(
     for index in best.tolist():
         one = soft[index].view(1, 1, height, width)
         resized = functional.interpolate(one, size=photo_size, mode="bilinear", align_corners=False)[0, 0]
-        mask = (resized > settings.mask_threshold).numpy()
+        mask = (resized > settings.mask_threshold).cpu().numpy()
         score = float(scores[index])
         if score < settings.min_maskness or not _plausible(mask, settings):
             continue
@@ -120,7 +121,7 @@ def peer_free_masks(
                 rle={"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
                 bbox_xywh=tuple(coco_mask.toBbox(rle).tolist()),
                 score=score,
-                embedding=embedding.numpy().astype(np.float16),
+                embedding=embedding.cpu().numpy().astype(np.float16),
             )
         )
     return found

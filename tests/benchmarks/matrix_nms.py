@@ -20,13 +20,13 @@ SIGMA = 2.0
 
 
 def cases(
-    objects: int = 20, masks_per_object: int = 25, height: int = 160, width: int = 200
+    device: torch.device, objects: int = 20, masks_per_object: int = 25, height: int = 160, width: int = 200
 ) -> tuple[Case[Any, Any], ...]:
-    """Matrix NMS, mask IoU and run-length encoding of one image's masks."""
+    """Matrix NMS, mask IoU and run-length encoding of one image's masks, which lie on the device."""
     generator = torch.Generator().manual_seed(0)
-    masks = crowded_ellipses(objects, masks_per_object, height, width, generator)
-    scores = torch.rand(len(masks), generator=generator)
-    category_ids = torch.zeros(len(masks), dtype=torch.int64)
+    masks = crowded_ellipses(objects, masks_per_object, height, width, generator).to(device)
+    scores = torch.rand(len(masks), generator=generator).to(device)
+    category_ids = torch.zeros(len(masks), dtype=torch.int64, device=device)
     return (
         Case(
             name="Matrix NMS",
@@ -39,7 +39,7 @@ def cases(
             name="mask IoU",
             peer_name="pycocotools' mask IoU, masks encoded for it in one call",
             ours=lambda: mask_iou(masks, masks),
-            peer=lambda: torch.from_numpy(peer_iou(masks)).float(),
+            peer=lambda: torch.from_numpy(peer_iou(masks)).float().to(device),
             assert_equal=torch.testing.assert_close,
         ),
         Case(
@@ -54,13 +54,13 @@ def cases(
 
 def peer_iou(masks: Bool[Tensor, "N H W"]) -> Float[np.ndarray, "N N"]:
     """All pairs' IoU by pycocotools, in float64."""
-    encodings = coco_mask.encode(np.asfortranarray(masks.numpy().transpose(1, 2, 0).astype(np.uint8)))
+    encodings = coco_mask.encode(np.asfortranarray(masks.cpu().numpy().transpose(1, 2, 0).astype(np.uint8)))
     return np.asarray(coco_mask.iou(encodings, encodings, [False] * len(encodings)))
 
 
 def peer_matrix_nms(masks: Bool[Tensor, "N H W"], scores: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
     """The decay of SOLOv2 (arXiv:2003.10152) sec. 3.4 on pycocotools' IoU; one category, gaussian kernel."""
-    order = np.argsort(-scores.numpy(), kind="stable")
+    order = np.argsort(-scores.cpu().numpy(), kind="stable")
     iou = np.triu(peer_iou(masks)[np.ix_(order, order)], k=1)
     compensate = iou.max(axis=0)[:, None]
     ratio = np.exp(-SIGMA * iou**2) / np.exp(-SIGMA * compensate**2)
@@ -68,12 +68,12 @@ def peer_matrix_nms(masks: Bool[Tensor, "N H W"], scores: Float[Tensor, " N"]) -
     # Row i of column j counts where i comes before j; the first mask has none before it and keeps its score.
     before = np.triu(np.ones_like(ratio, dtype=bool), k=1)
     decayed[order] = np.where(before, ratio, 1.0).min(axis=0)
-    return scores * torch.from_numpy(decayed).float()
+    return scores * torch.from_numpy(decayed).float().to(scores.device)
 
 
 def peer_encode(masks: Bool[Tensor, "N H W"]) -> list[Rle]:
     """COCO's run-length encoding of each mask, `counts` as bytes."""
-    return [coco_mask.encode(np.asfortranarray(mask.numpy().astype(np.uint8))) for mask in masks]
+    return [coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8))) for mask in masks]
 
 
 def _assert_same_encodings(ours: list[Rle], peer: list[Rle]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Generic, TypeVar
 
+import torch
 from rich.table import Table
 
 Ours = TypeVar("Ours")
@@ -32,6 +33,7 @@ class Case(Generic[Ours, Peers]):
         peer: Does it the peer's way, on the same inputs.
         assert_equal: Raises AssertionError where our answer, its first argument, is not the peer's, its second.
         repeats: How many times each way is timed where nothing else is asked for: fewer where it takes long.
+        flops: Floating-point operations of a call of ours; None where they are not what limits it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Case(Generic[Ours, Peers]):
     peer: Callable[[], Peers]
     assert_equal: Callable[[Ours, Peers], None]
     repeats: int = 9
+    flops: float | None = None
 
     def check(self) -> None:
         """Do it both ways once.
@@ -57,12 +60,14 @@ class Benchmark:
     Attributes:
         name: What to ask for on the command line.
         inputs: What the cases are given.
-        cases: Makes the inputs and the cases on them.
+        cases: Makes the inputs and the cases on them, for a device.
+        needs: Packages of its peers that this project does not install.
     """
 
     name: str
     inputs: str
-    cases: Callable[[], Iterable[Case[Any, Any]]]
+    cases: Callable[[torch.device], Iterable[Case[Any, Any]]]
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +90,48 @@ class Comparison:
     peer_name: str
     ours: Measurement
     peer: Measurement
+    flops: float | None = None
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """Ours, at the median; None where they are not what limits it."""
+        return None if self.flops is None else self.flops / self.ours.median
 
     @property
     def ratios(self) -> tuple[float, ...]:
         """How many times as long as ours the peer took in each repeat: above 1 where ours is the faster."""
         pairs = zip(self.ours.seconds, self.peer.seconds, strict=True)
         return tuple(peer / ours for ours, peer in pairs)
+
+
+def clock_of(device: torch.device) -> Clock:
+    """A clock that waits for what the device was given to do."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def matrix_product_rate(device: torch.device, *, side: int, repeats: int = 9) -> float:
+    """Floating-point operations a second of one large matrix product: what nothing on this device is faster than.
+
+    Args:
+        device: Where to multiply; in bfloat16 on a GPU, else in float32, as training does.
+        side: Of the square matrices; the median of `repeats` products.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    first, second = torch.randn(2, side, side, device=device, dtype=dtype)  # zeros would be multiplied faster
+    clock = clock_of(device)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = clock()
+        first @ second
+        seconds.append(clock() - start)
+    return float(2 * side**3 / median(seconds[1:]))
 
 
 def compare(case: Case[Any, Any], *, repeats: int | None = None, clock: Clock = time.perf_counter) -> Comparison:
@@ -115,19 +156,25 @@ def compare(case: Case[Any, Any], *, repeats: int | None = None, clock: Clock = 
             start = clock()
             action()
             seconds.append(clock() - start)
-    return Comparison(case.name, case.peer_name, Measurement(tuple(ours)), Measurement(tuple(peer)))
+    return Comparison(case.name, case.peer_name, Measurement(tuple(ours)), Measurement(tuple(peer)), case.flops)
 
 
-def table(benchmark: Benchmark, comparisons: Sequence[Comparison]) -> Table:
-    """One row a case: medians of both, and the median ratio with the lowest and the highest."""
+def table(benchmark: Benchmark, comparisons: Sequence[Comparison], *, peak: float) -> Table:
+    """One row a case: medians of both, and the median ratio with the lowest and the highest.
+
+    Args:
+        benchmark: Names the table.
+        comparisons: Its rows.
+        peak: Floating-point operations a second that the device can do (`matrix_product_rate`).
+    """
     result = Table(
         title=f"{benchmark.name}: {benchmark.inputs}",
-        caption="medians over the repeats; above 1 ours is the faster",
+        caption="medians over the repeats; above 1 ours is the faster; of peak: a large matrix product's speed",
         title_justify="left",
         caption_justify="left",
     )
     result.add_column("case\npeer", min_width=20)
-    for heading in ("repeats", "ours", "peer's", "peer's / ours\n(lowest to highest)"):
+    for heading in ("repeats", "ours", "of peak", "peer's", "peer's / ours\n(lowest to highest)"):
         result.add_column(heading, justify="right", no_wrap=True)
     for comparison in comparisons:
         ratios = comparison.ratios
@@ -135,6 +182,7 @@ def table(benchmark: Benchmark, comparisons: Sequence[Comparison]) -> Table:
             f"{comparison.name}\n[dim]{comparison.peer_name}[/dim]",
             str(len(ratios)),
             _milliseconds(comparison.ours.median),
+            "" if comparison.flops_per_second is None else f"{comparison.flops_per_second / peak:.0%}",
             _milliseconds(comparison.peer.median),
             f"{median(ratios):.2f}\n({min(ratios):.2f} to {max(ratios):.2f})",
         )
@@ -152,6 +200,7 @@ def as_json(benchmark: Benchmark, comparisons: Sequence[Comparison]) -> dict[str
                 "peer": comparison.peer_name,
                 "ours_seconds": list(comparison.ours.seconds),
                 "peer_seconds": list(comparison.peer.seconds),
+                "flops_per_second": comparison.flops_per_second,
                 "ratio": {
                     "median": median(comparison.ratios),
                     "lowest": min(comparison.ratios),

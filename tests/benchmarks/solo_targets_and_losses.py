@@ -1,7 +1,8 @@
 """SOLO's training targets and losses, from a batch's masks and a head's predictions to the head's gradients.
 
 The peer is what research code usually does: for each image and level a loop over the instances that fit it, on the CPU
-in numpy; then, level by level, all positives' masks and losses at once, with eight unfolded neighbours of each pixel.
+in numpy; then, on the device, level by level, all positives' masks and losses at once, with eight unfolded neighbours
+of each pixel.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from freesolo.settings import LossSettings, SoloModelSettings
 from freesolo.solo.head import MASK_STRIDE, SoloPredictions, SoloV2Head
 from freesolo.solo.losses import free_mask_losses, mask_losses
 from freesolo.solo.targets import assign_targets, mask_targets
-from freesolo.types import GridTargets, ImageBatch, Instances, SegmentationBatch
+from freesolo.types import GridTargets, Instances, SegmentationBatch
 from tests.benchmarks.measure import Benchmark, Case
-from tests.benchmarks.synthetic import ellipses, photo
+from tests.benchmarks.synthetic import segmentation_batch
 
 STEP = 1000
 """Optimiser steps taken: the pairwise term is past its warm-up."""
@@ -100,10 +101,11 @@ class Trained:
     gradients: dict[str, Tensor]
 
 
-def cases(size: Size = FULL) -> tuple[Case[Any, Any], ...]:
+def cases(device: torch.device, size: Size = FULL) -> tuple[Case[Any, Any], ...]:
     """Targets alone, and with the losses and gradients of free masks, and of masks."""
     generator = torch.Generator().manual_seed(0)
-    batch, predictions = _inputs(size, generator)
+    on_host = _batch(size, generator)
+    batch, predictions = on_host.to(device), _predictions(size, generator, device)
     with torch.device("meta"):
         head = SoloV2Head(size.model)  # multiplies kernels and mask features; its own parameters are not used
     settings = LossSettings()
@@ -112,7 +114,7 @@ def cases(size: Size = FULL) -> tuple[Case[Any, Any], ...]:
         return assign_targets(batch.instances, len(batch), size.height, size.width, size.model)
 
     def peer() -> list[list[LevelTargets]]:
-        return peer_targets(batch.instances, len(batch), size.height, size.width, size.model)
+        return peer_targets(on_host.instances, len(batch), size.height, size.width, size.model, device)
 
     def ours_on_free_masks() -> dict[str, Tensor]:
         similarity = colour_similarity(batch.images.pixels, batch.images.valid_pixels(), stride=MASK_STRIDE)
@@ -149,41 +151,34 @@ def cases(size: Size = FULL) -> tuple[Case[Any, Any], ...]:
     )
 
 
-def _inputs(size: Size, generator: torch.Generator) -> tuple[SegmentationBatch, SoloPredictions]:
-    """A batch, and what an untrained head might say of it; every prediction wants a gradient."""
-    model, count = size.model, size.images * size.instances
-    pixels = torch.zeros(size.images, 3, size.height, size.width, dtype=torch.uint8)
-    masks = torch.zeros(count, size.height, size.width, dtype=torch.bool)
-    for image in range(size.images):
-        pixels[image, :, :, : size.photo_width] = photo(size.height, size.photo_width, generator)
-    # None so thin that it vanishes at the masks' stride, for which the peer has no rule.
-    smallest = max(2.0 * MASK_STRIDE, size.height / 40)
-    masks[:, :, : size.photo_width] = ellipses(
-        count, size.height, size.photo_width, generator, smallest=smallest, largest=size.height / 2
+def _batch(size: Size, generator: torch.Generator) -> SegmentationBatch:
+    return segmentation_batch(
+        size.images,
+        size.instances,
+        (size.height, size.photo_width),
+        generator,
+        padded_width=size.width,
+        # None so thin that it vanishes at the masks' stride, for which the peer has no rule.
+        smallest=max(2.0 * MASK_STRIDE, size.height / 40),
+        largest=size.height / 2,
+        embedding_channels=size.model.embedding_channels,
     )
-    instances = Instances(
-        image_index=torch.arange(size.images).repeat_interleave(size.instances),
-        masks=masks,
-        category_ids=torch.zeros(count, dtype=torch.int64),
-        scores=torch.ones(count),
-        embeddings=functional.normalize(torch.randn(count, model.embedding_channels, generator=generator), dim=1),
-    )
-    images = ImageBatch(
-        pixels, torch.tensor([[size.height, size.photo_width]] * size.images), tuple(range(size.images))
-    )
+
+
+def _predictions(size: Size, generator: torch.Generator, device: torch.device) -> SoloPredictions:
+    """What an untrained head might say of the batch; every prediction wants a gradient."""
+    model = size.model
     cells = sum(side * side for side in model.grid_sizes)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(size.images, *shape, generator=generator)
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(size.images, *shape, generator=generator)).to(device).requires_grad_()
 
-    h, w = size.height // MASK_STRIDE, size.width // MASK_STRIDE
-    predictions = SoloPredictions(
-        category_logits=normal(model.num_categories, cells).requires_grad_(),
-        kernels=(model.kernel_channels**-0.5 * normal(model.kernel_channels, cells)).requires_grad_(),
-        embeddings=normal(model.embedding_channels, cells).requires_grad_(),
-        mask_features=normal(model.kernel_channels, h, w).requires_grad_(),
+    return SoloPredictions(
+        category_logits=normal(model.num_categories, cells),
+        kernels=normal(model.kernel_channels, cells, scale=model.kernel_channels**-0.5),
+        embeddings=normal(model.embedding_channels, cells),
+        mask_features=normal(model.kernel_channels, size.height // MASK_STRIDE, size.width // MASK_STRIDE),
     )
-    return SegmentationBatch(images, instances), predictions
 
 
 def _train(predictions: SoloPredictions, losses_of: Callable[[], dict[str, Tensor]]) -> Trained:
@@ -198,9 +193,14 @@ def _train(predictions: SoloPredictions, losses_of: Callable[[], dict[str, Tenso
 
 
 def peer_targets(
-    instances: Instances, batch_size: int, height: int, width: int, settings: SoloModelSettings
+    instances: Instances,
+    batch_size: int,
+    height: int,
+    width: int,
+    settings: SoloModelSettings,
+    device: torch.device,
 ) -> list[list[LevelTargets]]:
-    """The targets of each image and level (SOLO, arXiv:1912.04488, sec. 3.3.1)."""
+    """The targets of each image and level (SOLO, arXiv:1912.04488, sec. 3.3.1), on the CPU, then sent."""
     batch = []
     for image in range(batch_size):
         rows = torch.nonzero(instances.image_index == image)[:, 0].tolist()
@@ -223,10 +223,8 @@ def peer_targets(
                     for across in range(left, right + 1):
                         owner[down * side + across] = row
             masks = [reduced[row] for row in owner.values()]
-            empty = torch.zeros(0, height // MASK_STRIDE, width // MASK_STRIDE)
-            levels.append(
-                LevelTargets(categories, list(owner.values()), list(owner), torch.stack(masks) if masks else empty)
-            )
+            stacked = torch.stack(masks) if masks else torch.zeros(0, height // MASK_STRIDE, width // MASK_STRIDE)
+            levels.append(LevelTargets(categories.to(device), list(owner.values()), list(owner), stacked.to(device)))
         batch.append(levels)
     return batch
 
@@ -368,8 +366,9 @@ def _neighbours(maps: Float[Tensor, "N C h w"]) -> Float[Tensor, "N C 8 h w"]:
 def _similarity(pixels: Tensor, height: int, width: int) -> Float[Tensor, "1 8 h w"]:
     """BoxInst's colour similarity (arXiv:2012.02310, sec. 3.2) of one image, 0 where an end is in the padding."""
     pooled = functional.avg_pool2d(pixels[None].float(), MASK_STRIDE)
-    lab = torch.from_numpy(rgb2lab(pooled[0].permute(1, 2, 0).numpy() / 255)).permute(2, 0, 1)[None].float()
-    valid = torch.zeros(1, 1, *pixels.shape[1:])
+    lab = torch.from_numpy(rgb2lab(pooled[0].permute(1, 2, 0).cpu().numpy() / 255)).permute(2, 0, 1)[None]
+    lab = lab.float().to(pixels.device)
+    valid = torch.zeros(1, 1, *pixels.shape[1:], device=pixels.device)
     valid[:, :, : height - BOTTOM_ROWS_IGNORED, :width] = 1
     valid = (functional.avg_pool2d(valid, MASK_STRIDE) == 1).float()
     distance = (lab[:, :, None] - _neighbours(lab)).norm(dim=1)

@@ -7,6 +7,8 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from freesolo.types import ImageBatch, Instances, SegmentationBatch
+
 
 def smooth_noise(
     channels: int, height: int, width: int, generator: torch.Generator, *, cells: int, roughness: float
@@ -37,6 +39,48 @@ def ellipses(
     extent = torch.tensor([height, width])
     centres = sides / 2 + torch.rand(count, 2, generator=generator) * (extent - sides)
     return _draw(sides, centres, height, width)
+
+
+def segmentation_batch(
+    images: int,
+    instances: int,
+    photo_size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    padded_width: int,
+    smallest: float,
+    largest: float,
+    embedding_channels: int,
+) -> SegmentationBatch:
+    """Photos of one size with as many objects in each, as the training stream gives them, on the CPU.
+
+    Args:
+        images: Of the batch.
+        instances: In each image.
+        photo_size: Height and width in px.
+        generator: Of everything random in it.
+        padded_width: Of the batch's extent, in px.
+        smallest: Least side of an object, in px.
+        largest: Greatest side of an object, in px.
+        embedding_channels: Of the objects' embeddings.
+    """
+    height, width = photo_size
+    count = images * instances
+    pixels = torch.zeros(images, 3, height, padded_width, dtype=torch.uint8)
+    masks = torch.zeros(count, height, padded_width, dtype=torch.bool)
+    for image in range(images):
+        pixels[image, :, :, :width] = photo(height, width, generator)
+    masks[:, :, :width] = ellipses(count, height, width, generator, smallest=smallest, largest=largest)
+    return SegmentationBatch(
+        images=ImageBatch(pixels, torch.tensor([[height, width]] * images), tuple(range(images))),
+        instances=Instances(
+            image_index=torch.arange(images).repeat_interleave(instances),
+            masks=masks,
+            category_ids=torch.zeros(count, dtype=torch.int64),
+            scores=torch.ones(count),
+            embeddings=functional.normalize(torch.randn(count, embedding_channels, generator=generator), dim=1),
+        ),
+    )
 
 
 def crowded_ellipses(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ from tests.benchmarks import free_mask, matrix_nms, solo_targets_and_losses
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Benchmark, Case, Comparison, Measurement, as_json, compare, table
 from tests.benchmarks.synthetic import ellipses
+
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -77,7 +79,7 @@ BENCHMARK = Benchmark(name="arithmetic", inputs="numbers", cases=tuple)
 def printed(comparison: Comparison) -> str:
     console = Console(width=120)
     with console.capture() as capture:
-        console.print(table(BENCHMARK, [comparison]))
+        console.print(table(BENCHMARK, [comparison], peak=100.0))
     return capture.get()
 
 
@@ -94,6 +96,14 @@ def test_short_times_have_a_decimal():
     assert "100 ms" in text
 
 
+def test_what_arithmetic_limits_says_how_near_it_comes():
+    # 50 operations in the median repeat's 2 seconds, where 100 a second are possible.
+    comparison = replace(COMPARISON, flops=50.0)
+    assert comparison.flops_per_second == 25.0
+    assert " 25% " in printed(comparison)
+    assert "%" not in printed(COMPARISON)
+
+
 def test_json_has_every_repeat():
     written = json.loads(json.dumps(as_json(BENCHMARK, [COMPARISON])))
     assert written["name"] == "arithmetic"
@@ -104,6 +114,7 @@ def test_json_has_every_repeat():
         "peer": "an abacus",
         "ours_seconds": [2.0, 4.0, 1.0],
         "peer_seconds": [8.0, 4.0, 6.0],
+        "flops_per_second": None,
         "ratio": {"median": 4.0, "lowest": 1.0, "highest": 6.0},
     }
 
@@ -129,9 +140,9 @@ def test_drawn_objects_are_of_the_sizes_asked_for():
 @pytest.mark.parametrize(
     "case",
     [
-        *solo_targets_and_losses.cases(solo_targets_and_losses.TINY),
-        *free_mask.cases(channels=64, map_size=(10, 14), photo_size=(60, 80)),
-        *matrix_nms.cases(objects=4, masks_per_object=5, height=20, width=30),
+        *solo_targets_and_losses.cases(CPU, solo_targets_and_losses.TINY),
+        *free_mask.cases(CPU, channels=64, map_size=(10, 14), photo_size=(60, 80)),
+        *matrix_nms.cases(CPU, objects=4, masks_per_object=5, height=20, width=30),
     ],
     ids=lambda case: case.name,
 )
