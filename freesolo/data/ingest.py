@@ -33,7 +33,7 @@ from freesolo.data.pack import PackedShard, ShardTask, check_skipped, finish_dat
 from freesolo.data.reading import PieceReader
 from freesolo.data.shards import DatasetManifest, Sample
 from freesolo.data.sources import PhotoCollection
-from freesolo.data.stand_ins import STAND_INS, with_stand_ins
+from freesolo.data.stand_ins import with_stand_ins
 from freesolo.data.views import Row, View
 from freesolo.errors import JobError, UsageError
 from freesolo.progress import progress
@@ -81,6 +81,7 @@ class TrainingStream(Generic[Batch]):
         collate: How rows become a batch, in the train worker.
         order: The order of epochs.
         batch_size: Samples of an optimiser step, all workers together.
+        max_bad_samples: Share of samples that may be unusable; others stand in for them.
         accumulation_steps: Batches that this stream yields per optimiser step.
         prefetch_batches: Batches made ready ahead of use.
         bounds: A larger sample is a bad one.
@@ -93,6 +94,7 @@ class TrainingStream(Generic[Batch]):
     collate: Callable[[Sequence[Row]], Batch]
     order: Order
     batch_size: int
+    max_bad_samples: float
     accumulation_steps: int = 1
     prefetch_batches: int = 2
     bounds: BoundsSettings = DEFAULT_BOUNDS
@@ -108,16 +110,20 @@ class TrainingStream(Generic[Batch]):
         """The batches of one worker for the next `steps` steps: `steps * accumulation_steps` of them.
 
         Raises:
-            JobError: A shard or label file cannot be read at all, far and wide no sample is usable, or shared memory is
-                full.
+            JobError: A shard or label file cannot be read at all, an epoch is seen to have no usable sample or more
+                unusable ones than may be met, or shared memory is full.
         """
         rows_per_batch = self.batch_size // workers // self.accumulation_steps
         spans = partial(
             worker_spans, state, self.samples, steps=steps, batch_size=self.batch_size, worker=worker, workers=workers
         )
-        largest_window = self.order.window_shards * max(self.order.shard_samples)
         rows = with_stand_ins(
-            self._rows(spans()), spans(), self._rows, samples=self.samples, reach=largest_window + 2 * STAND_INS
+            self._rows(spans()),
+            spans(),
+            self._rows,
+            samples=self.samples,
+            batch_size=self.batch_size,
+            max_bad_samples=self.max_bad_samples,
         )
         while batch := list(islice(rows, rows_per_batch)):
             yield self._batch(batch)
@@ -150,12 +156,9 @@ class TrainingStream(Generic[Batch]):
             bounds=self.bounds,
         )
 
-    def _batch(self, rows: Sequence[tuple[Row, Row | None]]) -> StreamBatch[Batch]:
+    def _batch(self, rows: Sequence[tuple[Row, Row]]) -> StreamBatch[Batch]:
         bad = tuple(BadSample(row["key"], row["error"]) for row, _ in rows if row["error"])
-        usable = [stand_in for _, stand_in in rows if stand_in is not None]
-        if len(usable) < len(rows):
-            raise JobError(f"{self.dataset_url}: no usable sample far and wide; one is {bad[0].key}: {bad[0].reason}")
-        return StreamBatch(self.collate(usable), bad)
+        return StreamBatch(self.collate([used for _, used in rows]), bad)
 
 
 def configure_ray_data(*, cpus: float | None = None) -> None:

@@ -179,6 +179,14 @@ def take_pass(state: StreamState, samples: int, batch_size: int, workers: int) -
     return Pass(steps, parts, _slice(unseen, steps * batch_size, _total(unseen)), epoch)
 
 
+def seen_at_most(epoch: int, samples: int, batch_size: int) -> int:
+    """A bound on the samples seen of all epochs, by all workers together, when a pass ends that has some of this epoch.
+
+    Where such a pass begins no later epoch has been read, and it holds less than an epoch and a batch.
+    """
+    return (epoch + 2) * samples + batch_size
+
+
 def advance(state: StreamState, steps: int, samples: int, batch_size: int, workers: int) -> StreamState:
     """What is unseen after `steps` more steps of `workers` workers that started at `state` together."""
     while steps > 0:

@@ -108,6 +108,7 @@ def _build(
             tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
         ),
         batch_size=settings.loop.batch_size,
+        max_bad_samples=settings.stream.max_bad_samples,
         accumulation_steps=settings.loop.accumulation_steps,
         prefetch_batches=settings.stream.prefetch_batches,
         bounds=job.bounds,
@@ -118,7 +119,6 @@ def _build(
         learner=learner,
         stream=stream,
         optimizer=settings.optimizer,
-        max_bad_samples=settings.stream.max_bad_samples,
         save_model=partial(_save_backbone, job, manifest),
     )
 

@@ -150,6 +150,7 @@ def _build(
             tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
         ),
         batch_size=settings.loop.batch_size,
+        max_bad_samples=settings.stream.max_bad_samples,
         accumulation_steps=settings.loop.accumulation_steps,
         prefetch_batches=settings.stream.prefetch_batches,
         bounds=job.bounds,
@@ -158,7 +159,6 @@ def _build(
         learner=Learner(SoloTraining(task, settings.views), settings.loop, settings.optimizer, device),
         stream=stream,
         optimizer=settings.optimizer,
-        max_bad_samples=settings.stream.max_bad_samples,
         save_model=partial(_save_segmenter, job, manifest, labels),
         picture=partial(_picture, job),
     )

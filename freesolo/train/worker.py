@@ -69,7 +69,6 @@ class Training:
         learner: Model, optimiser, device.
         stream: Its batches.
         optimizer: The schedule.
-        max_bad_samples: Share of samples that may be unusable.
         save_model: Writes the trained model as a model file.
         picture: RGB of sample predictions on a batch's inputs; None: nothing to see.
     """
@@ -77,7 +76,6 @@ class Training:
     learner: Learner
     stream: TrainingStream[Any]
     optimizer: OptimizerSettings
-    max_bad_samples: float
     save_model: Callable[[Learner, Path], None]
     picture: Callable[[Learner, Any], np.ndarray] | None = None
 
@@ -233,7 +231,7 @@ def train_worker(config: dict[str, Any]) -> Outcome:
                 training.optimizer,
                 recorder,
                 progress=start,
-                max_bad_samples=training.max_bad_samples,
+                max_bad_samples=training.stream.max_bad_samples,
             )
     except (UsageError, JobError) as reason:
         error = reason

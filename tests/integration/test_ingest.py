@@ -79,13 +79,13 @@ SCORES = (0.75, 0.5)
 EMBEDDINGS = np.eye(2, CHANNELS, dtype=np.float16)
 
 
-def write_dataset(folder: Path, *, unreadable: int | None = None) -> DatasetManifest:
+def write_dataset(folder: Path, *, unreadable: int | None = None, sizes: tuple[int, ...] = SHARDS) -> DatasetManifest:
     annotation = {
         **{"id": 1, "category_id": 1, "iscrowd": 0, "area": 4 * SIDE, "bbox": [0, 0, SIDE, 4]},
         "segmentation": rle(ANNOTATED),
     }
     shards, first = [], 0
-    for index, count in enumerate(SHARDS):
+    for index, count in enumerate(sizes):
         samples = [
             Sample(
                 key(image_id),
@@ -146,8 +146,9 @@ class Stored:
             labels=read_labels_of(str(self.labels), self.manifest) if labelled else None,
             view=view,
             collate=collate,
-            order=Order(SHARDS, seed=3, window_shards=2),
+            order=Order(tuple(shard.samples for shard in self.manifest.shards), seed=3, window_shards=2),
             batch_size=batch_size,
+            max_bad_samples=1.0,
         )
 
     def segmentation_batches(self, *, steps: int, batch_size: int) -> list[StreamBatch[SegmentationBatch]]:
@@ -155,8 +156,8 @@ class Stored:
         return list(stream.batches(StreamState(), steps=steps))
 
 
-def store(folder: Path, *, unreadable: int | None = None) -> Stored:
-    manifest = write_dataset(folder / "data", unreadable=unreadable)
+def store(folder: Path, *, unreadable: int | None = None, sizes: tuple[int, ...] = SHARDS) -> Stored:
+    manifest = write_dataset(folder / "data", unreadable=unreadable, sizes=sizes)
     write_labels(folder / "labels", folder / "data", manifest)
     return Stored(folder / "data", folder / "labels", manifest)
 
@@ -351,8 +352,8 @@ def test_samples_over_the_bounds_are_bad_ones(tmp_path: Path) -> None:
     whole = store(tmp_path)
     bounds = BoundsSettings(max_pixels=SIDE * SIDE - 1)
     stream = replace(whole.stream(SegmentationView(WEAK, CHANNELS), SAMPLES), bounds=bounds)
-    told = r"one is k\d\d: 32 x 32 pixels are more than bounds\.max_pixels=1023 allows"
-    with pytest.raises(JobError, match=f"no usable sample far and wide; {told}"):
+    told = r"first: k\d\d \(32 x 32 pixels are more than bounds\.max_pixels=1023 allows"
+    with pytest.raises(JobError, match=f"epoch 0: unusable samples, nothing else; {told}"):
         list(stream.batches(StreamState(), steps=1))
 
 
@@ -388,11 +389,28 @@ def test_stand_ins_are_the_same_whoever_reads_and_wherever_reading_begins(tmp_pa
         assert resumed == [alone[worker][start:] for start in lost[:2]]
 
 
+def test_a_run_goes_on_inside_the_second_of_two_neighbouring_lost_shards(tmp_path: Path) -> None:
+    """Of three shards of 40 in windows of one the last two of the epoch are lost; batches are of four."""
+    whole = store(tmp_path, sizes=(40, 40, 40))
+    view = ContrastiveView(ViewSettings(size=16))
+    stream = whole.stream(view, 4, labelled=False)
+    stream = replace(stream, order=replace(stream.order, window_shards=1), max_bad_samples=2 / 3)
+    for window in stream.order.windows(epoch=0)[1:]:
+        (whole.dataset / f"{shard_name(window.shards[0])}.tar").unlink()
+    uninterrupted = list(stream.batches(StreamState(), steps=30))
+    assert [len(batch.bad) for batch in uninterrupted] == [0] * 10 + [4] * 20
+    for step in (25, 29):
+        resumed = list(stream.batches(advance(StreamState(), step, 120, 4, workers=1), steps=30 - step))
+        for one, other in zip(uninterrupted[step:], resumed, strict=True):
+            assert one.content.image_ids == other.content.image_ids
+            assert torch.equal(one.content.query, other.content.query)
+
+
 def test_where_no_sample_is_usable_the_stream_stops(tmp_path: Path) -> None:
     whole = store(tmp_path)
     for shard in whole.manifest.shards:
         (whole.dataset / f"{shard.name}.tar").unlink()
     with pytest.raises(
-        JobError, match=rf"{whole.dataset}: no usable sample far and wide; one is .*: the shard is miss"
+        JobError, match=rf"epoch 0: unusable samples, nothing else; first: .*{whole.dataset}/\S+: the shard is miss"
     ):
         whole.segmentation_batches(steps=1, batch_size=4)

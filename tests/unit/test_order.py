@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freesolo.data.order import Order, Span, StreamState, advance, take_pass, worker_spans
+from freesolo.data.order import Order, Span, StreamState, advance, seen_at_most, take_pass, worker_spans
 
 SHARDS = (5, 3, 7, 4)  # 19 samples
 
@@ -97,6 +97,20 @@ def test_each_sample_is_seen_once_an_epoch_across_changes_of_workers(shards, leg
     for piece in order.pieces(state.unseen):
         unseen.update(_samples_of(order, piece))
     assert seen + unseen == {(epoch, i): 1 for epoch in range(state.next_epoch) for i in range(order.samples)}
+
+
+@given(
+    samples=st.integers(1, 40),
+    legs=st.lists(st.tuples(st.integers(1, 9), st.sampled_from([1, 2, 3, 4, 6])), min_size=1, max_size=6),
+)
+def test_while_an_epoch_is_read_no_more_is_seen_than_its_bound(samples, legs) -> None:
+    state = StreamState()
+    for steps, workers in legs:
+        current = take_pass(state, samples, 12, workers)
+        still_unseen = sum(len(span) for span in current.carried)
+        oldest = min(span.epoch for part in current.parts for span in part)
+        assert current.next_epoch * samples - still_unseen <= seen_at_most(oldest, samples, 12)
+        state = advance(state, steps, samples, 12, workers)
 
 
 def test_an_empty_data_set_and_an_odd_batch_are_refused() -> None:
