@@ -12,15 +12,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any
 
 from freesolo.data.order import Span, seen_at_most
+from freesolo.data.views import Row
 from freesolo.errors import JobError
 
 STAND_INS = 16
 """Samples that take turns where many in a row are unusable: enough that no batch is one picture many times."""
-
-Row = dict[str, Any]
 
 
 def with_stand_ins(
