@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
-from freesolo.data.views import Row
+from freesolo.data.views import ContrastiveView, Row, SegmentationView
 from freesolo.ops.images import pad_to_batch
 from freesolo.ops.masks import unpack_masks
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
@@ -40,26 +40,16 @@ class CropPair:
         )
 
 
-def collate_crops(rows: Sequence[Row], *, size: int) -> CropPair:
-    """Rows of a `ContrastiveView`, stacked.
-
-    Args:
-        rows: Usable ones.
-        size: Side of the crops, in px.
-    """
+def collate_crops(view: ContrastiveView, rows: Sequence[Row]) -> CropPair:
+    """Usable rows of a view, stacked."""
+    size = view.settings.size
     query, key = (_stacked([row[name] for row in rows], size) for name in ("query_crop", "key_crop"))
     return CropPair(query, key, tuple(row["image_id"] for row in rows))
 
 
-def collate_photos(rows: Sequence[Row], *, size_divisor: int, embedding_channels: int) -> SegmentationBatch:
-    """Rows of a `SegmentationView`, photos and masks padded to one extent.
-
-    Args:
-        rows: Usable ones, at least one.
-        size_divisor: The extent's height and width become multiples of it.
-        embedding_channels: Of the labels.
-    """
-    pixels, sizes = pad_to_batch([_pixels(row) for row in rows], size_divisor)
+def collate_photos(view: SegmentationView, rows: Sequence[Row]) -> SegmentationBatch:
+    """Usable rows of a view, at least one; photos and masks padded to one extent of multiples of `size_divisor`."""
+    pixels, sizes = pad_to_batch([_pixels(row) for row in rows], view.settings.size_divisor)
     batch = ImageBatch(pixels, sizes, tuple(row["image_id"] for row in rows))
     counts = [len(row["scores"]) for row in rows]
     masks = torch.zeros(sum(counts), *pixels.shape[-2:], dtype=torch.bool)
@@ -73,7 +63,7 @@ def collate_photos(rows: Sequence[Row], *, size_divisor: int, embedding_channels
         masks=masks,
         category_ids=torch.tensor([c for row in rows for c in row["category_ids"]], dtype=torch.int64),
         scores=torch.tensor([score for row in rows for score in row["scores"]], dtype=torch.float32),
-        embeddings=torch.from_numpy(embeddings.astype(np.float32)).view(sum(counts), embedding_channels),
+        embeddings=torch.from_numpy(embeddings.astype(np.float32)).view(sum(counts), view.embedding_channels),
     )
     return SegmentationBatch(batch, instances)
 

@@ -45,6 +45,7 @@ BLOCK_BYTES = 4 * 2**20
 # Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
 PIECES_PER_EXECUTION = 2000
 
+AnyView = TypeVar("AnyView", bound=View)
 Batch = TypeVar("Batch")
 
 
@@ -70,7 +71,7 @@ class StreamBatch(Generic[Batch]):
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingStream(Generic[Batch]):
+class TrainingStream(Generic[AnyView, Batch]):
     """The samples of a data set as batches, epoch after epoch.
 
     Attributes:
@@ -78,7 +79,7 @@ class TrainingStream(Generic[Batch]):
         manifest: Its manifest.
         labels: Label set to join, shard by shard; None: the data set's own annotations, where the view wants any.
         view: How a sample becomes a row, in a Ray task.
-        collate: How rows become a batch, in the train worker.
+        collate: How the view's rows become a batch, in the train worker.
         order: The order of epochs.
         batch_size: Samples of an optimiser step, all workers together.
         max_bad_samples: Share of samples that may be unusable; others stand in for them.
@@ -90,8 +91,8 @@ class TrainingStream(Generic[Batch]):
     dataset_url: str
     manifest: DatasetManifest
     labels: LabelSet | None
-    view: View
-    collate: Callable[[Sequence[Row]], Batch]
+    view: AnyView
+    collate: Callable[[AnyView, Sequence[Row]], Batch]
     order: Order
     batch_size: int
     max_bad_samples: float
@@ -158,7 +159,7 @@ class TrainingStream(Generic[Batch]):
 
     def _batch(self, rows: Sequence[tuple[Row, Row]]) -> StreamBatch[Batch]:
         bad = tuple(BadSample(row["key"], row["error"]) for row, _ in rows if row["error"])
-        return StreamBatch(self.collate([used for _, used in rows]), bad)
+        return StreamBatch(self.collate(self.view, [used for _, used in rows]), bad)
 
 
 def configure_ray_data(*, cpus: float | None = None) -> None:

@@ -103,7 +103,7 @@ def _build(
         manifest=manifest,
         labels=None,
         view=ContrastiveView(settings.views),
-        collate=partial(collate_crops, size=settings.views.size),
+        collate=collate_crops,
         order=Order(
             tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
         ),

@@ -141,11 +141,7 @@ def _build(
         manifest=manifest,
         labels=labels,
         view=SegmentationView(settings.views, settings.model.embedding_channels),
-        collate=partial(
-            collate_photos,
-            size_divisor=settings.views.size_divisor,
-            embedding_channels=settings.model.embedding_channels,
-        ),
+        collate=collate_photos,
         order=Order(
             tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
         ),

@@ -74,7 +74,7 @@ class Training:
     """
 
     learner: Learner
-    stream: TrainingStream[Any]
+    stream: TrainingStream[Any, Any]
     optimizer: OptimizerSettings
     save_model: Callable[[Learner, Path], None]
     picture: Callable[[Learner, Any], np.ndarray] | None = None

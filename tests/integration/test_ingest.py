@@ -7,7 +7,6 @@ import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,18 +133,13 @@ class Stored:
     labels: Path
     manifest: DatasetManifest
 
-    def stream(self, view: View, batch_size: int, *, labelled: bool = True) -> TrainingStream[Any]:
-        if isinstance(view, ContrastiveView):
-            collate = partial(collate_crops, size=view.settings.size)
-        else:
-            divisor, channels = view.settings.size_divisor, view.embedding_channels
-            collate = partial(collate_photos, size_divisor=divisor, embedding_channels=channels)
+    def stream(self, view: View, batch_size: int, *, labelled: bool = True) -> TrainingStream[Any, Any]:
         return TrainingStream(
             dataset_url=str(self.dataset),
             manifest=self.manifest,
             labels=read_labels_of(str(self.labels), self.manifest) if labelled else None,
             view=view,
-            collate=collate,
+            collate=collate_crops if isinstance(view, ContrastiveView) else collate_photos,
             order=Order(tuple(shard.samples for shard in self.manifest.shards), seed=3, window_shards=2),
             batch_size=batch_size,
             max_bad_samples=1.0,
