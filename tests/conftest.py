@@ -48,7 +48,10 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3_server: S3Server, s3_proxy: FaultyProxy) -> Iterator[None]:
-    """A cluster of 6 CPUs, whatever the machine has: Ray Data needs some beside the workers of a test."""
+    """A cluster of 6 CPUs, whatever the machine has: Ray Data needs some beside the workers of a test.
+
+    Ray schedules one GPU too, which is no device of the machine.
+    """
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)
         for name, value in OWN_CLUSTER.items():
@@ -62,6 +65,7 @@ def ray_cluster(s3_server: S3Server, s3_proxy: FaultyProxy) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=6,
+                num_gpus=1,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,

@@ -14,7 +14,7 @@ import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import pyarrow as pa
 import ray
@@ -126,7 +126,7 @@ def _stream(
     labelled: Dataset = decoded.map_batches(
         _LabellingActor,
         fn_constructor_args=(pool.make_labeller, weights, resources),
-        batch_size=None,
+        batch_size=1,  # a row is a batch of photos; Ray wants a number where there are GPUs
         batch_format="pyarrow",
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
@@ -155,6 +155,7 @@ def _context(resources: ResourceSettings) -> DataContext:
     context.print_on_execution_start = False
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1  # torch is large
     context.max_consecutive_actor_init_deaths = resources.max_failures
+    context.raise_original_map_exception = True  # an error made for people, as it is
     return context
 
 
@@ -194,8 +195,15 @@ class _LabellingActor:
         # not by the machine.
         torch.set_num_threads(resources.cpus_per_worker)
         torch.backends.cudnn.deterministic = True
-        tensors: dict[str, Tensor] = ray.get(weights)
-        self._label = make_labeller(tensors, _device(resources))
+        self._make_labeller = make_labeller
+        self._weights = weights
+        self._resources = resources
+
+    @cached_property
+    def _label(self) -> Labeller:
+        """Made for the first batch: of what is raised while an actor is made, a job sees only Ray's text, and late."""
+        tensors: dict[str, Tensor] = ray.get(self._weights)
+        return self._make_labeller(tensors, _device(self._resources))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Label the batches of a block."""

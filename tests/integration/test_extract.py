@@ -319,6 +319,17 @@ def test_a_pool_that_does_not_fit_is_refused_before_it_hangs(make_job: MakeJob, 
         extract_free_masks(make_job(tmp_path / "labels", workers=8), storage=str(tmp_path))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+def test_a_gpu_that_torch_cannot_use_is_named(make_job: MakeJob, tmp_path: Path) -> None:
+    """All of the way to it is a GPU job's: the pool's tasks, its resources and its batches."""
+    job = make_job(tmp_path / "labels")
+    job = job.model_copy(update={"resources": ResourceSettings(gpus_per_worker=1.0)})
+
+    with pytest.raises(JobError, match=r"gpus_per_worker=1: Ray gave this worker a GPU that torch .* cannot use"):
+        extract_free_masks(job, storage=str(tmp_path))
+    assert finished_shards(tmp_path / "labels") == []
+
+
 def test_weights_of_another_network_are_refused_before_any_work(make_job: MakeJob, tmp_path: Path) -> None:
     other = SETTINGS.model_copy(update={"backbone": "resnet50"})
 
