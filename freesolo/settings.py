@@ -235,16 +235,30 @@ class ExtractSettings(Settings):
 # --- SOLO ---------------------------------------------------------------------------------------------------------
 
 
+class HeadSettings(Settings):
+    """How cells get their masks; the defaults are SOLOv2's; SOLO's towers have 7 convolutions of 256 channels."""
+
+    kind: Literal["solo", "decoupled", "solov2"] = "solov2"
+    tower_channels: Positive = 512  # category towers, and those of kernels or masks
+    tower_convs: Positive = 4
+    mask_tower_channels: Positive = 128  # solov2
+    kernel_channels: Positive = 256  # solov2
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> HeadSettings:
+        for name in ("tower_channels", "mask_tower_channels", "kernel_channels"):
+            if getattr(self, name) % 32:
+                raise ValueError(f"{name}={getattr(self, name)} is not divisible by 32, GroupNorm's groups")
+        return self
+
+
 class SoloModelSettings(Settings):
-    """A ResNet-FPN with a SOLOv2 head (arXiv:2003.10152)."""
+    """A ResNet-FPN with a head of the SOLO family."""
 
     backbone: Backbone = "resnet50"
     num_categories: Positive = 1  # 1: class-agnostic
     fpn_channels: Positive = 256
-    tower_channels: Positive = 512  # category and kernel towers
-    tower_convs: Positive = 4
-    mask_tower_channels: Positive = 128
-    kernel_channels: Positive = 256
+    head: HeadSettings = HeadSettings()
     embedding_channels: Positive = 128
     grid_sizes: tuple[Positive, ...] = (40, 36, 24, 16, 12)
     strides: tuple[Positive, ...] = (8, 8, 16, 32, 32)
@@ -256,13 +270,6 @@ class SoloModelSettings(Settings):
         lengths = {len(self.grid_sizes), len(self.strides), len(self.scale_ranges)}
         if lengths != {5}:
             raise ValueError("grid_sizes, strides and scale_ranges must each have 5 entries, one a pyramid level")
-        return self
-
-    @model_validator(mode="after")
-    def _groups_divide(self) -> SoloModelSettings:
-        for name in ("tower_channels", "mask_tower_channels", "kernel_channels"):
-            if getattr(self, name) % 32:
-                raise ValueError(f"{name}={getattr(self, name)} is not divisible by 32, GroupNorm's groups")
         return self
 
 

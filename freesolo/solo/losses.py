@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from freesolo.ops.affinity import pairwise_affinity_terms
 from freesolo.ops.masks import boxes_xyxy
 from freesolo.settings import LossSettings
-from freesolo.solo.head import MASK_STRIDE, SoloPredictions, SoloV2Head
+from freesolo.solo.heads.base import MASK_STRIDE, Head, Predictions
 from freesolo.solo.targets import count_slots, mask_targets
 from freesolo.types import GridTargets, Instances
 
@@ -109,8 +109,8 @@ def pairwise_warmup(step: int, warmup_steps: int) -> float:
 
 
 def free_mask_losses(
-    head: SoloV2Head,
-    predictions: SoloPredictions,
+    head: Head[Any],
+    predictions: Predictions,
     targets: GridTargets,
     instances: Instances,
     similarity: Float[Tensor, "B K h w"],
@@ -154,7 +154,7 @@ def free_mask_losses(
     if settings.embedding > 0:
         _check_embeddings(instances, predictions)
     slots = _Slots.of(targets, slots_per_image)
-    with torch.autocast(predictions.kernels.device.type, enabled=False):
+    with torch.autocast(predictions.category_logits.device.type, enabled=False):
         counts = _level_counts(slots, len(head.grid_sizes), sum_over_workers)
         losses = {"category": _category_loss(predictions, targets, instances, counts, empty_images, settings)}
         weights = {
@@ -175,8 +175,8 @@ def free_mask_losses(
 
 
 def mask_losses(
-    head: SoloV2Head,
-    predictions: SoloPredictions,
+    head: Head[Any],
+    predictions: Predictions,
     targets: GridTargets,
     instances: Instances,
     settings: LossSettings,
@@ -205,7 +205,7 @@ def mask_losses(
         Weighted losses, whose sum is what to minimise: `category`, `dice`.
     """
     slots = _Slots.of(targets, slots_per_image)
-    with torch.autocast(predictions.kernels.device.type, enabled=False):
+    with torch.autocast(predictions.category_logits.device.type, enabled=False):
         counts = _level_counts(slots, len(head.grid_sizes), sum_over_workers)
         masks = mask_targets(instances, MASK_STRIDE)
 
@@ -269,8 +269,8 @@ class _Chunk:
 
 
 def _over_chunks(
-    head: SoloV2Head,
-    predictions: SoloPredictions,
+    head: Head[Any],
+    predictions: Predictions,
     slots: _Slots,
     terms_of: Callable[[_Chunk], Tensor],
     *,
@@ -282,11 +282,11 @@ def _over_chunks(
     tens of maps at stride 4 for each positive, more than the network's own activations.
     """
 
-    def of_chunk(one: SoloPredictions, image: int, cell: Tensor, instance: Tensor) -> Tensor:
-        logits = head.mask_logits(one, torch.zeros_like(cell), cell)
+    def of_chunk(one: Predictions, image: int, cell: Tensor, instance: Tensor) -> Tensor:
+        logits = head.mask_logits(one, cell)
         return terms_of(_Chunk(image, instance, logits.float()))
 
-    parts = [predictions.mask_features.new_zeros(terms, 0, dtype=torch.float32)]
+    parts = [predictions.category_logits.new_zeros(terms, 0, dtype=torch.float32)]
     start = 0
     for image, (one, count) in enumerate(zip(predictions.each_image(), slots.per_image, strict=True)):
         end = start + count
@@ -307,8 +307,8 @@ def _over_chunks(
 
 
 def _coarse_mask_terms(
-    head: SoloV2Head,
-    predictions: SoloPredictions,
+    head: Head[Any],
+    predictions: Predictions,
     slots: _Slots,
     instances: Instances,
     similarity: Float[Tensor, "B K h w"],
@@ -356,7 +356,7 @@ def _share_of_level_mean(slots: _Slots, counts: Float[Tensor, " levels"]) -> Flo
 
 
 def _category_loss(
-    predictions: SoloPredictions,
+    predictions: Predictions,
     targets: GridTargets,
     instances: Instances,
     counts: Float[Tensor, " levels"],
@@ -374,7 +374,7 @@ def _category_loss(
     return settings.category * cells.sum() / (counts.sum() + 1.0)
 
 
-def _check_embeddings(instances: Instances, predictions: SoloPredictions) -> None:
+def _check_embeddings(instances: Instances, predictions: Predictions) -> None:
     given, expected = instances.embeddings.shape[1], predictions.embeddings.shape[1]
     if given != expected:
         raise ValueError(

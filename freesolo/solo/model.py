@@ -1,6 +1,8 @@
-"""The network that segments: ResNet, FPN, SOLOv2 head."""
+"""The network that segments: ResNet, FPN, and a head of the SOLO family."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,20 +11,26 @@ from torch import Tensor, nn
 from freesolo.models.fpn import FPN
 from freesolo.models.resnet import build_resnet
 from freesolo.settings import SoloModelSettings
-from freesolo.solo.head import SoloPredictions, SoloV2Head
+from freesolo.solo.heads.base import Head, Predictions
+from freesolo.solo.heads.decoupled import DecoupledHead
+from freesolo.solo.heads.solo import SoloHead
+from freesolo.solo.heads.solov2 import SoloV2Head
+
+HEADS: dict[str, type[Head[Any]]] = {"solo": SoloHead, "decoupled": DecoupledHead, "solov2": SoloV2Head}
+"""By `HeadSettings.kind`."""
 
 INPUT_DIVISOR = 32
 """Heights and widths of inputs are multiples of this, the stride of C5, so that maps double exactly on the way up."""
 
 
 class Segmenter(nn.Module):
-    """A ResNet-FPN with a SOLOv2 head (arXiv:2003.10152).
+    """A ResNet-FPN with a head of the SOLO family (arXiv:1912.04488, arXiv:2003.10152).
 
     Attributes:
         settings: What it was built from.
         backbone: The ResNet; published and DenseCL checkpoints load into it.
         fpn: The feature pyramid.
-        head: The SOLOv2 head.
+        head: Of the kind that the settings say.
     """
 
     def __init__(self, settings: SoloModelSettings) -> None:
@@ -35,9 +43,9 @@ class Segmenter(nn.Module):
         self.settings = settings
         self.backbone = build_resnet(settings.backbone)
         self.fpn = FPN(self.backbone.channels, settings.fpn_channels)
-        self.head = SoloV2Head(settings)
+        self.head = HEADS[settings.head.kind](settings)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> SoloPredictions:
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Predictions:
         """Predict every cell of every grid.
 
         Args:
@@ -52,7 +60,7 @@ class Segmenter(nn.Module):
                 f"images are {height} x {width} px: pad height and width to multiples of {INPUT_DIVISOR} "
                 "(views.size_divisor)"
             )
-        predictions: SoloPredictions = self.head(self.fpn(self.backbone(images)))
+        predictions: Predictions = self.head(self.fpn(self.backbone(images)))
         return predictions
 
     def initialise(self, generator: torch.Generator) -> Segmenter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -18,7 +19,7 @@ from torch.nn import functional
 from freesolo.ops.masks import resize_masks_soft
 from freesolo.ops.nms import matrix_nms, point_nms
 from freesolo.settings import InferenceSettings, SoloModelSettings
-from freesolo.solo.head import MASK_STRIDE, SoloPredictions, SoloV2Head
+from freesolo.solo.heads.base import MASK_STRIDE, Head, Predictions
 from freesolo.types import Instances
 
 MASKS_AT_ONCE = 256
@@ -45,8 +46,8 @@ class _Candidates:
 
 @torch.no_grad()
 def instances_from_predictions(
-    head: SoloV2Head,
-    predictions: SoloPredictions,
+    head: Head[Any],
+    predictions: Predictions,
     image_sizes: Int64[Tensor, "B 2"],
     original_sizes: Sequence[tuple[int, int]],
     settings: InferenceSettings,
@@ -87,8 +88,8 @@ def _suppress_points(scores: Float[Tensor, "B C L"], grid_sizes: Sequence[int]) 
 
 
 def _instances_of_image(
-    head: SoloV2Head,
-    predictions: SoloPredictions,
+    head: Head[Any],
+    predictions: Predictions,
     category_scores: Float[Tensor, "C L"],
     image_size: tuple[int, int],
     original_size: tuple[int, int],
@@ -119,8 +120,8 @@ def _instances_of_image(
 
 
 def _score_masks(
-    head: SoloV2Head,
-    predictions: SoloPredictions,
+    head: Head[Any],
+    predictions: Predictions,
     candidates: _Candidates,
     settings: InferenceSettings,
     model: SoloModelSettings,
@@ -140,8 +141,8 @@ def _best(candidates: _Candidates, count: int) -> _Candidates:
     return candidates[candidates.scores.argsort(descending=True, stable=True)[:count]]
 
 
-def _soft_masks(head: SoloV2Head, predictions: SoloPredictions, cell: Int64[Tensor, " M"]) -> Float[Tensor, "M h w"]:
-    return head.mask_logits(predictions, torch.zeros_like(cell), cell).float().sigmoid()
+def _soft_masks(head: Head[Any], predictions: Predictions, cell: Int64[Tensor, " M"]) -> Float[Tensor, "M h w"]:
+    return head.mask_logits(predictions, cell).float().sigmoid()
 
 
 def _stride_of_cells(cell: Int64[Tensor, " M"], model: SoloModelSettings) -> Int64[Tensor, " M"]:

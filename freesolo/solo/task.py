@@ -13,7 +13,7 @@ from freesolo.ops.affinity import colour_similarity
 from freesolo.ops.collectives import sum_over_workers, world_size
 from freesolo.ops.images import normalize
 from freesolo.settings import LossSettings, SoloModelSettings
-from freesolo.solo.head import MASK_STRIDE
+from freesolo.solo.heads.base import MASK_STRIDE
 from freesolo.solo.losses import free_mask_losses, mask_losses
 from freesolo.solo.model import Segmenter
 from freesolo.solo.targets import assign_targets, count_slots

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from freesolo.ops.affinity import colour_similarity
-from freesolo.settings import LossSettings, SoloModelSettings
-from freesolo.solo.head import MASK_STRIDE, SoloPredictions, SoloV2Head
+from freesolo.settings import HeadSettings, LossSettings, SoloModelSettings
+from freesolo.solo.heads.base import MASK_STRIDE
+from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.losses import free_mask_losses, mask_losses
 from freesolo.solo.targets import assign_targets, mask_targets
 from freesolo.types import GridTargets, Instances, SegmentationBatch
@@ -63,7 +64,7 @@ TINY = Size(
     width=96,
     photo_width=90,
     model=SoloModelSettings(
-        kernel_channels=32,
+        head=HeadSettings(kernel_channels=32),
         embedding_channels=8,
         grid_sizes=(10, 9, 6, 4, 3),
         scale_ranges=((1, 12), (6, 24), (12, 48), (24, 96), (48, 256)),
@@ -94,7 +95,7 @@ class Trained:
 
     Attributes:
         losses: Weighted, by name.
-        gradients: Of their sum, for each column of `SoloPredictions` that it depends on.
+        gradients: Of their sum, for each column of `SoloV2Predictions` that it depends on.
     """
 
     losses: dict[str, Tensor]
@@ -165,7 +166,7 @@ def _batch(size: Size, generator: torch.Generator) -> SegmentationBatch:
     )
 
 
-def _predictions(size: Size, generator: torch.Generator, device: torch.device) -> SoloPredictions:
+def _predictions(size: Size, generator: torch.Generator, device: torch.device) -> SoloV2Predictions:
     """What an untrained head might say of the batch; every prediction wants a gradient."""
     model = size.model
     cells = sum(side * side for side in model.grid_sizes)
@@ -173,16 +174,16 @@ def _predictions(size: Size, generator: torch.Generator, device: torch.device) -
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(size.images, *shape, generator=generator)).to(device).requires_grad_()
 
-    return SoloPredictions(
+    return SoloV2Predictions(
         category_logits=normal(model.num_categories, cells),
-        kernels=normal(model.kernel_channels, cells, scale=model.kernel_channels**-0.5),
+        kernels=normal(model.head.kernel_channels, cells, scale=model.head.kernel_channels**-0.5),
         embeddings=normal(model.embedding_channels, cells),
-        mask_features=normal(model.kernel_channels, size.height // MASK_STRIDE, size.width // MASK_STRIDE),
+        mask_features=normal(model.head.kernel_channels, size.height // MASK_STRIDE, size.width // MASK_STRIDE),
     )
 
 
-def _train(predictions: SoloPredictions, losses_of: Callable[[], dict[str, Tensor]]) -> Trained:
-    names = SoloPredictions.__dataclass_fields__
+def _train(predictions: SoloV2Predictions, losses_of: Callable[[], dict[str, Tensor]]) -> Trained:
+    names = SoloV2Predictions.__dataclass_fields__
     losses = losses_of()
     columns = [getattr(predictions, name) for name in names]
     gradients = torch.autograd.grad(torch.stack(list(losses.values())).sum(), columns, materialize_grads=True)
@@ -260,7 +261,7 @@ def _reduce(mask: Bool[Tensor, "H W"]) -> Float[Tensor, "h w"]:
 
 
 def peer_free_mask_losses(
-    predictions: SoloPredictions,
+    predictions: SoloV2Predictions,
     targets: list[list[LevelTargets]],
     batch: SegmentationBatch,
     settings: LossSettings,
@@ -304,7 +305,7 @@ def peer_free_mask_losses(
 
 
 def peer_mask_losses(
-    predictions: SoloPredictions, targets: list[list[LevelTargets]], settings: LossSettings, model: SoloModelSettings
+    predictions: SoloV2Predictions, targets: list[list[LevelTargets]], settings: LossSettings, model: SoloModelSettings
 ) -> dict[str, Tensor]:
     """SOLOv2's losses: Dice over all positives alike (SOLO, arXiv:1912.04488, sec. 3.3.2)."""
     dice = []
@@ -324,7 +325,7 @@ def _first_cells(model: SoloModelSettings) -> list[int]:
 
 
 def _masks_of_level(
-    predictions: SoloPredictions, positives: list[LevelTargets], first_cell: int
+    predictions: SoloV2Predictions, positives: list[LevelTargets], first_cell: int
 ) -> tuple[Float[Tensor, "P h w"], Float[Tensor, "P h w"]]:
     """Masks before the sigmoid of all images' positives on a level, and what they should be."""
     logits = []
@@ -338,7 +339,7 @@ def _masks_of_level(
 
 
 def _focal(
-    predictions: SoloPredictions, targets: list[list[LevelTargets]], settings: LossSettings
+    predictions: SoloV2Predictions, targets: list[list[LevelTargets]], settings: LossSettings
 ) -> Float[Tensor, ""]:
     """Focal loss (arXiv:1708.02002, eq. 5) of all cells, over the positives and one."""
     positives = sum(len(level.cells) for levels in targets for level in levels)

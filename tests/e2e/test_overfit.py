@@ -22,7 +22,7 @@ from freesolo.ops.images import normalize, pad_to_batch
 from freesolo.ops.mask_storage import rle_from_coco
 from freesolo.ops.masks import decode_rle, encode_rle
 from freesolo.ops.sizes import resized_size
-from freesolo.settings import InferenceSettings, LossSettings, SoloModelSettings
+from freesolo.settings import HeadSettings, InferenceSettings, LossSettings, SoloModelSettings
 from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.solo.task import SoloTask
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
@@ -37,9 +37,7 @@ SCALE = SHORT_SIDE / 800
 MODEL = SoloModelSettings(
     backbone="resnet18",
     fpn_channels=64,
-    tower_channels=64,
-    mask_tower_channels=64,
-    kernel_channels=64,
+    head=HeadSettings(tower_channels=64, mask_tower_channels=64, kernel_channels=64),
     embedding_channels=8,
     grid_sizes=(20, 18, 12, 8, 6),
     scale_ranges=tuple((low * SCALE, high * SCALE) for low, high in SoloModelSettings().scale_ranges),

@@ -56,8 +56,12 @@ TINY = {
         *("extract.free_mask.min_maskness=0", "extract.free_mask.top_border=0"),
     ),
     "train_solo": (
-        *("train.views.short_sides=[64]", "train.model.tower_channels=32", "train.model.fpn_channels=32"),
-        *("train.model.mask_tower_channels=32", "train.model.kernel_channels=32", "train.model.tower_convs=1"),
+        *("train.views.short_sides=[64]", "train.model.head.tower_channels=32", "train.model.fpn_channels=32"),
+        *(
+            "train.model.head.mask_tower_channels=32",
+            "train.model.head.kernel_channels=32",
+            "train.model.head.tower_convs=1",
+        ),
         *("train.loop.steps=1", "train.loop.batch_size=2", "train.loop.overlay_every=0"),
     ),
     "predict": ("predict.short_side=64", "predict.inference.min_category_score=0", "predict.inference.min_score=0"),

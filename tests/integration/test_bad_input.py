@@ -198,7 +198,7 @@ CASES = {
         ("{folder}/backbone.pt", "ResNet-18 checkpoint", "set backbone to resnet18"),
     ),
     "initial segmenter of another architecture": Case(
-        train("dataset={folder}/data", "train.initial_weights={folder}/segmenter.pt", "train.model.tower_convs=2"),
+        train("dataset={folder}/data", "train.initial_weights={folder}/segmenter.pt", "train.model.head.tower_convs=2"),
         2,
         ("{folder}/segmenter.pt", "another architecture than train.model", "head."),
     ),
@@ -287,7 +287,7 @@ CASES = {
         train("train.loop.steps=["), 2, ("'train.loop.steps=['", "not valid YAML", "put it in quotes")
     ),
     "groups of channels": Case(
-        train("train.model.tower_channels=48"), 2, ("train.model: tower_channels=48", "not divisible by 32")
+        train("train.model.head.tower_channels=48"), 2, ("train.model.head: tower_channels=48", "not divisible by 32")
     ),
     "batch and workers": Case(
         pretrain("resources.workers=3"), 2, ("pretrain.loop.batch_size=4", "3 workers", "change one of them")

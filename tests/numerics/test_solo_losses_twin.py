@@ -14,7 +14,7 @@ import torch
 
 from freesolo.ops.affinity import colour_similarity
 from freesolo.settings import LossSettings
-from freesolo.solo.head import SoloPredictions, SoloV2Head
+from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.losses import free_mask_losses, mask_losses
 from freesolo.solo.targets import assign_targets
 from freesolo.types import Instances
@@ -92,7 +92,7 @@ def twin_level_mean(terms: list[tuple[int, float]]) -> float:
     return float(np.mean(means)) if means else 0.0
 
 
-def random_batch(seed: int, count: int) -> tuple[SoloPredictions, Instances, torch.Tensor, torch.Tensor]:
+def random_batch(seed: int, count: int) -> tuple[SoloV2Predictions, Instances, torch.Tensor, torch.Tensor]:
     """Three images, the last of which has no instances; predictions of any kind; nearly grey pixels; sizes."""
     generator = torch.Generator().manual_seed(seed)
     integers = np.random.default_rng(seed)
@@ -109,7 +109,7 @@ def random_batch(seed: int, count: int) -> tuple[SoloPredictions, Instances, tor
         scores=torch.ones(count),
         embeddings=torch.nn.functional.normalize(torch.randn(count, 5, generator=generator), dim=1),
     )
-    predictions = SoloPredictions(
+    predictions = SoloV2Predictions(
         category_logits=2 * torch.randn(3, 2, CELLS, generator=generator),
         kernels=torch.randn(3, 32, CELLS, generator=generator),
         embeddings=torch.randn(3, 5, CELLS, generator=generator),
@@ -134,7 +134,7 @@ def reduced(mask: torch.Tensor) -> list[list[float]]:
     return [[float(mask[4 * r : 4 * r + 4, 4 * c : 4 * c + 4].any()) for c in range(columns)] for r in range(rows)]
 
 
-def twin_masks(predictions: SoloPredictions, image: int, cell: int) -> list[list[float]]:
+def twin_masks(predictions: SoloV2Predictions, image: int, cell: int) -> list[list[float]]:
     """The mask of a cell: at each pixel the dot product of the cell's kernel and the features, then the sigmoid."""
     kernel = predictions.kernels[image, :, cell].double().numpy()
     features = predictions.mask_features[image].double().numpy()

@@ -11,7 +11,7 @@ import torch
 
 from freesolo.settings import InferenceSettings
 from freesolo.solo import postprocess
-from freesolo.solo.head import SoloPredictions, SoloV2Head
+from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.postprocess import instances_from_predictions
 from tests.small import small_solo
 
@@ -37,7 +37,7 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def twin_proposals(one: SoloPredictions, settings: InferenceSettings) -> list[Proposal]:
+def twin_proposals(one: SoloV2Predictions, settings: InferenceSettings) -> list[Proposal]:
     """Point NMS, least category score, masks, least size, maskness; for a batch of one image."""
     proposals = []
     first = 0
@@ -96,7 +96,7 @@ def twin_resize(soft: np.ndarray, height: int, width: int) -> np.ndarray:
     return result
 
 
-def random_predictions(seed: int) -> SoloPredictions:
+def random_predictions(seed: int) -> SoloV2Predictions:
     """Blobs: features are smooth bumps, so that masks overlap, some are tiny and some empty."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(16.0), indexing="ij")
@@ -108,7 +108,7 @@ def random_predictions(seed: int) -> SoloPredictions:
     kernels[:, 0] = 1 + torch.rand(2, CELLS, generator=generator)
     for cell in range(CELLS):
         kernels[:, 1 + cell % 31, cell] = 4 * torch.rand(2, generator=generator)
-    return SoloPredictions(
+    return SoloV2Predictions(
         category_logits=2 * torch.randn(2, 2, CELLS, generator=generator) - 1,
         kernels=kernels,
         embeddings=torch.randn(2, 3, CELLS, generator=generator),

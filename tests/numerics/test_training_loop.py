@@ -452,7 +452,11 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None
     loop = settings()
     learner = learner_for(loop)
     save_checkpoint(tmp_path, learner, Progress(), JOB, "commit")
-    other = SoloTask(MODEL.model_copy(update={"tower_channels": 64}), "free_masks", LossSettings())
+    other = SoloTask(
+        MODEL.model_copy(update={"head": MODEL.head.model_copy(update={"tower_channels": 64})}),
+        "free_masks",
+        LossSettings(),
+    )
     other.initialise(torch.Generator().manual_seed(0))
     with pytest.raises(UsageError, match="another architecture"):
         load_checkpoint(tmp_path, Learner(WeakView(other), loop, OPTIMIZER, torch.device("cpu")))

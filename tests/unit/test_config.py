@@ -80,7 +80,7 @@ def test_a_dumped_configuration_is_read_back_equal(config: Path, tmp_path: Path)
         ("dataset.name=x", "dataset is a value, not a section"),
         ("resources=3", r"resources=3"),
         ("train.loop.steps=[", r"'train.loop.steps=\['.* not valid YAML"),
-        ("train.model.kernel_channels=48", r"kernel_channels=48 is not divisible by 32"),
+        ("train.model.head.kernel_channels=48", r"kernel_channels=48 is not divisible by 32"),
     ],
 )
 def test_what_is_wrong_is_named(config: Path, override: str, message: str) -> None:

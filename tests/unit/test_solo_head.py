@@ -10,18 +10,16 @@ from torch import nn
 from torch.nn import functional
 
 from freesolo.models.fpn import Pyramid
-from freesolo.settings import SoloModelSettings
-from freesolo.solo.head import SoloPredictions, SoloV2Head, append_coordinates
+from freesolo.settings import HeadSettings, SoloModelSettings
+from freesolo.solo.heads.base import append_coordinates
+from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.model import Segmenter
 
 MODEL = SoloModelSettings(
     backbone="resnet18",
     num_categories=3,
     fpn_channels=8,
-    tower_channels=64,
-    tower_convs=2,
-    mask_tower_channels=32,
-    kernel_channels=96,
+    head=HeadSettings(tower_channels=64, tower_convs=2, mask_tower_channels=32, kernel_channels=96),
     embedding_channels=5,
     grid_sizes=(6, 5, 4, 3, 2),
 )
@@ -48,7 +46,11 @@ def head(model: SoloModelSettings = MODEL) -> SoloV2Head:
     return SoloV2Head(model).initialise(generator())
 
 
-def columns(record: SoloPredictions) -> tuple[torch.Tensor, ...]:
+def with_head(**changes: object) -> SoloModelSettings:
+    return MODEL.model_copy(update={"head": MODEL.head.model_copy(update=changes)})
+
+
+def columns(record: SoloV2Predictions) -> tuple[torch.Tensor, ...]:
     return (record.category_logits, record.kernels, record.embeddings, record.mask_features)
 
 
@@ -94,7 +96,7 @@ def test_coordinates_are_x_then_y_from_minus_one_to_one():
 def test_categories_do_not_see_where_they_are_but_kernels_do():
     # On a flat pyramid only coordinates tell one inner cell from another (those at the border see the padding).
     flat = Pyramid(*(torch.ones_like(level) for level in pyramid()))
-    model = MODEL.model_copy(update={"tower_convs": 1, "grid_sizes": (9, 5, 4, 3, 2)})
+    model = with_head(tower_convs=1).model_copy(update={"grid_sizes": (9, 5, 4, 3, 2)})
     predictions = head(model)(flat)
 
     def inner_spread(column: torch.Tensor) -> float:
@@ -116,7 +118,7 @@ def test_mask_features_see_where_they_are():
 
 def test_cells_are_concatenated_level_by_level_and_row_by_row():
     # With towers that pass on one channel, what a cell says is the level map resized to its grid.
-    network = head(MODEL.model_copy(update={"tower_convs": 0 + 1}))
+    network = head(with_head(tower_convs=1))
     network.category_tower = nn.Identity()
     network.category_output = nn.Identity()
     network.embedding_output = nn.Identity()
@@ -137,23 +139,17 @@ def test_cells_are_concatenated_level_by_level_and_row_by_row():
 
 
 def test_masks_of_cells_are_products_with_their_kernels():
-    predictions = head()(pyramid(batch_size=3))
-    image = torch.tensor([2, 0, 0, 2, 1, 0])
+    predictions = head()(pyramid(batch_size=3)).each_image()[2]
     cell = torch.tensor([5, 89, 0, 5, 17, 40])
-    masks = head().mask_logits(predictions, image, cell)
-    expected = torch.stack(
-        [
-            torch.einsum("d,dhw->hw", predictions.kernels[i, :, c], predictions.mask_features[i])
-            for i, c in zip(image.tolist(), cell.tolist(), strict=True)
-        ]
-    )
-    torch.testing.assert_close(masks, expected)
+    masks = head().mask_logits(predictions, cell)
+    for mask, one in zip(masks, cell.tolist(), strict=True):
+        expected = torch.einsum("d,dhw->hw", predictions.kernels[0, :, one], predictions.mask_features[0])
+        torch.testing.assert_close(mask, expected)
 
 
 def test_masks_of_no_cells():
     none = torch.zeros(0, dtype=torch.int64)
-    for batch_size in (1, 2):
-        assert head().mask_logits(head()(pyramid(batch_size)), none, none).shape == (0, 16, 24)
+    assert head().mask_logits(head()(pyramid(1)), none).shape == (0, 16, 24)
 
 
 def test_each_image_is_a_batch_of_one():
@@ -164,15 +160,12 @@ def test_each_image_is_a_batch_of_one():
         for own, whole in zip(columns(one), columns(predictions), strict=True):
             assert torch.equal(own[0], whole[index])
             assert own.data_ptr() == whole[index].data_ptr()
-    cell = torch.tensor([3, 50])
-    whole = head().mask_logits(predictions, torch.tensor([1, 1]), cell)
-    torch.testing.assert_close(head().mask_logits(images[1], torch.zeros_like(cell), cell), whole)
 
 
 @pytest.mark.parametrize("name", ["tower_channels", "mask_tower_channels", "kernel_channels"])
 def test_channels_that_groups_do_not_divide_are_refused(name):
-    with pytest.raises(ValueError, match=rf"model.{name}=48 is not divisible by the 32 groups"):
-        SoloV2Head(MODEL.model_copy(update={name: 48}))
+    with pytest.raises(ValueError, match="48 channels are not divisible by the 32 groups"):
+        SoloV2Head(with_head(**{name: 48}))
 
 
 def test_initialisation_is_complete_and_follows_the_generator():
@@ -187,7 +180,7 @@ def test_initialisation_is_complete_and_follows_the_generator():
 
 
 def test_initial_values_are_the_papers():
-    network = head(MODEL.model_copy(update={"tower_channels": 256}))
+    network = head(with_head(tower_channels=256))
     weight = network.category_tower[1][0].weight
     assert weight.std().item() == pytest.approx(0.01, rel=0.02)
     assert abs(weight.mean().item()) < 1e-4
@@ -228,4 +221,4 @@ def test_kernels_and_features_are_of_one_type_under_autocast():
     assert predictions.kernels.dtype == predictions.mask_features.dtype == torch.bfloat16
     # As the losses call it: with autocast off.
     cell = torch.tensor([0, 30])
-    assert network.head.mask_logits(predictions, torch.tensor([0, 1]), cell).dtype == torch.bfloat16
+    assert network.head.mask_logits(predictions.each_image()[1], cell).dtype == torch.bfloat16

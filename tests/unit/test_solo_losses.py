@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from freesolo.settings import LossSettings
 from freesolo.solo import losses as subject
-from freesolo.solo.head import SoloPredictions, SoloV2Head
+from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.losses import (
     box_regions,
     dice_loss,
@@ -36,16 +36,16 @@ HEAD = SoloV2Head(MODEL)
 ALL_TERMS = {"category", "max_projection", "mean_projection", "pairwise", "embedding"}
 
 
-def predictions(batch_size: int = 2, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> SoloPredictions:
+def predictions(batch_size: int = 2, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> SoloV2Predictions:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(batch_size, *shape, generator=generator).to(dtype).requires_grad_()
 
-    return SoloPredictions(random(1, CELLS), random(32, CELLS), random(4, CELLS), random(32, 8, 8))
+    return SoloV2Predictions(random(1, CELLS), random(32, CELLS), random(4, CELLS), random(32, 8, 8))
 
 
-def columns(record: SoloPredictions) -> tuple[torch.Tensor, ...]:
+def columns(record: SoloV2Predictions) -> tuple[torch.Tensor, ...]:
     return (record.category_logits, record.kernels, record.embeddings, record.mask_features)
 
 
@@ -73,7 +73,7 @@ for _k, (_down, _across) in enumerate([(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 
 
 
 def coarse_losses(
-    made: SoloPredictions, labels: Instances, settings: LossSettings | None = None, **options: object
+    made: SoloV2Predictions, labels: Instances, settings: LossSettings | None = None, **options: object
 ) -> dict[str, torch.Tensor]:
     targets = assign_targets(labels, len(made), 32, 32, MODEL)
     similarity = SIMILARITY[:1].expand(len(made), -1, -1, -1)
@@ -82,7 +82,7 @@ def coarse_losses(
     )
 
 
-def right_losses(made: SoloPredictions, labels: Instances, **options: object) -> dict[str, torch.Tensor]:
+def right_losses(made: SoloV2Predictions, labels: Instances, **options: object) -> dict[str, torch.Tensor]:
     targets = assign_targets(labels, len(made), 32, 32, MODEL)
     return mask_losses(HEAD, made, targets, labels, LossSettings(), **options)
 
@@ -326,7 +326,7 @@ def test_losses_of_half_precision_predictions_are_computed_in_float32():
     half = predictions(dtype=torch.bfloat16)
     with torch.no_grad():
         half.kernels.copy_(torch.eye(32)[:, torch.arange(CELLS) % 32].expand(2, -1, -1))
-    single = SoloPredictions(*(column.detach().float() for column in columns(half)))
+    single = SoloV2Predictions(*(column.detach().float() for column in columns(half)))
     for losses_of in (coarse_losses, right_losses):
         torch.testing.assert_close(losses_of(half, THREE), losses_of(single, THREE), rtol=1e-6, atol=1e-7)
 

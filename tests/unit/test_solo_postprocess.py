@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from freesolo.settings import InferenceSettings
-from freesolo.solo.head import SoloPredictions, SoloV2Head
+from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.types import Instances
 from tests.small import small_solo
@@ -17,9 +17,9 @@ LAST_CELL = CELLS - 1
 HEAD = SoloV2Head(MODEL)
 
 
-def blank(batch_size: int = 1) -> SoloPredictions:
+def blank(batch_size: int = 1) -> SoloV2Predictions:
     """Over 64 x 96 px: no cell believes in anything, and feature channel k of 32 is made for the k-th plant."""
-    return SoloPredictions(
+    return SoloV2Predictions(
         category_logits=torch.full((batch_size, 2, CELLS), -10.0),
         kernels=torch.zeros(batch_size, 32, CELLS),
         embeddings=torch.ones(batch_size, 3, CELLS),
@@ -28,7 +28,7 @@ def blank(batch_size: int = 1) -> SoloPredictions:
 
 
 def plant(
-    predictions: SoloPredictions,
+    predictions: SoloV2Predictions,
     channel: int,
     cell: int,
     box: tuple[int, int, int, int],
@@ -46,7 +46,7 @@ def plant(
 
 
 def found(
-    predictions: SoloPredictions,
+    predictions: SoloV2Predictions,
     *,
     sizes: list[tuple[int, int]] | None = None,
     originals: list[tuple[int, int]] | None = None,
@@ -171,7 +171,7 @@ def test_images_of_a_batch_are_apart():
 def test_half_precision_and_gradients_are_taken():
     predictions = blank()
     plant(predictions, 0, 5, (4, 2, 12, 10))
-    half = SoloPredictions(
+    half = SoloV2Predictions(
         predictions.category_logits.bfloat16().requires_grad_(),
         predictions.kernels.bfloat16(),
         predictions.embeddings.bfloat16(),
