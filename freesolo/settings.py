@@ -315,7 +315,7 @@ class TrainSettings(Settings):
     """One SOLO training."""
 
     model: SoloModelSettings = SoloModelSettings()
-    supervision: Literal["free_masks", "masks"] = "free_masks"
+    supervision: Literal["free_masks", "masks", "boxes"] = "free_masks"
     initial_weights: Weights | None = None  # backbone or segmenter: path, URL or models:/name@alias
     freeze_batch_norm: bool = False
     losses: LossSettings = LossSettings()

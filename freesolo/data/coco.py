@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,18 @@ def annotation_rle(annotation: Mapping[str, Any], height: int, width: int) -> Rl
     except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"annotation {short(annotation.get('id'))} is damaged: {' '.join(reason.split())}") from error
+
+
+def without_masks(sample: Sample) -> Sample:
+    """The sample with annotations that have lost their segmentations: their boxes are all that is known.
+
+    An annotation without a box keeps its segmentation, whose box it is.
+    """
+    annotations = [
+        {name: value for name, value in annotation.items() if name != "segmentation" or "bbox" not in annotation}
+        for annotation in sample.annotations
+    ]
+    return replace(sample, annotations=tuple(annotations))
 
 
 def sample_labels(sample: Sample, categories: Mapping[int, int] | None = None) -> ImageLabels:

@@ -6,6 +6,7 @@ in the train worker (`data.collate`); colours are changed there, on whole batche
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,9 +15,9 @@ import pyarrow as pa
 from jaxtyping import Bool
 from PIL import Image
 
-from freesolo.data.coco import sample_labels
+from freesolo.data.coco import sample_labels, without_masks
 from freesolo.data.crops import random_resized_crop
-from freesolo.data.labels import ImageLabels
+from freesolo.data.labels import ImageLabels, LabelledInstance
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import Sample
 from freesolo.ops.mask_storage import pack_masks, rle_pixels
@@ -87,10 +88,13 @@ class SegmentationView:
     Attributes:
         settings: Sizes and probabilities.
         embedding_channels: Of the labels; labels without embeddings get zeros.
+        boxes_alone: Instances are their filled boxes; their masks are not looked at, not even by what is made of rows
+            later, as copy-paste.
     """
 
     settings: SegmentationViewSettings
     embedding_channels: int
+    boxes_alone: bool = False
 
     @property
     def schema(self) -> pa.Schema:
@@ -112,7 +116,7 @@ class SegmentationView:
 
     def row(self, sample: Sample, labels: ImageLabels | None, random: np.random.Generator) -> Row:
         """One photo and its labels at a random size."""
-        labels = labels or sample_labels(sample)
+        labels = labels or sample_labels(without_masks(sample) if self.boxes_alone else sample)
         short_side = int(random.choice(self.settings.short_sides))
         flip = random.random() < self.settings.flip_probability
         try:
@@ -149,10 +153,23 @@ class SegmentationView:
         """Resized as the photo is."""
         resized = np.zeros((len(labels.instances), height, width), bool)
         for index, instance in enumerate(labels.instances):
-            (mask,) = rle_pixels([instance.rle], labels.height, labels.width)
+            mask = _filled_box(instance, labels) if self.boxes_alone else _mask(instance, labels)
             soft = Image.fromarray(mask.view(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
             resized[index] = np.asarray(soft) > 127
         return resized
 
     def _embedding(self, embedding: np.ndarray) -> np.ndarray:
         return embedding if embedding.size else np.zeros(self.embedding_channels, np.float16)
+
+
+def _mask(instance: LabelledInstance, labels: ImageLabels) -> Bool[np.ndarray, "H W"]:
+    mask: Bool[np.ndarray, "H W"] = rle_pixels([instance.rle], labels.height, labels.width)[0]
+    return mask
+
+
+def _filled_box(instance: LabelledInstance, labels: ImageLabels) -> Bool[np.ndarray, "H W"]:
+    """Every pixel that the box touches."""
+    x, y, width, height = instance.bbox_xywh
+    box = np.zeros((labels.height, labels.width), bool)
+    box[max(0, math.floor(y)) : math.ceil(y + height), max(0, math.floor(x)) : math.ceil(x + width)] = True
+    return box

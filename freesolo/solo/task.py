@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,12 +15,12 @@ from freesolo.ops.collectives import sum_over_workers, world_size
 from freesolo.ops.images import normalize
 from freesolo.settings import LossSettings, SoloModelSettings
 from freesolo.solo.heads.base import MASK_STRIDE
-from freesolo.solo.losses import free_mask_losses, mask_losses
+from freesolo.solo.losses import box_regions, free_mask_losses, mask_losses
 from freesolo.solo.model import Segmenter
 from freesolo.solo.targets import assign_targets, count_slots
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 
-Supervision = Literal["free_masks", "masks"]
+Supervision = Literal["free_masks", "masks", "boxes"]
 
 
 class SoloTask(nn.Module):
@@ -29,7 +30,7 @@ class SoloTask(nn.Module):
 
     Attributes:
         segmenter: What is trained.
-        supervision: Whether instances are coarse masks or right ones.
+        supervision: Whether masks are coarse, right, or not looked at: BoxInst (arXiv:2012.02310) has boxes alone.
         losses: Weights.
     """
 
@@ -38,7 +39,9 @@ class SoloTask(nn.Module):
         super().__init__()
         self.segmenter = Segmenter(model)
         self.supervision = supervision
-        self.losses = losses
+        # A box says where an object ends, and neither how full its rows are nor what it looks like.
+        boxes = {"mean_projection": 0.0, "embedding": 0.0}
+        self.losses = losses.model_copy(update=boxes) if supervision == "boxes" else losses
 
     def forward(self, views: Sequence[SegmentationBatch], step: int) -> dict[str, Float[Tensor, ""]]:
         """The weighted losses of one step, whose sum is what to minimise.
@@ -57,8 +60,11 @@ class SoloTask(nn.Module):
             ValueError: If the extents differ or are not divisible by 32.
         """
         batch = concatenate(views)
+        instances = batch.instances
+        if self.supervision == "boxes":  # from here on nobody knows the masks
+            instances = replace(instances, masks=box_regions(instances.masks))
         height, width = batch.images.pixels.shape[-2:]
-        targets = assign_targets(batch.instances, len(batch), height, width, self.segmenter.settings)
+        targets = assign_targets(instances, len(batch), height, width, self.segmenter.settings)
         counts = count_slots(targets)  # sent before the forward pass, so that nothing waits for it after
         predictions = self.segmenter(normalize(batch.images.pixels))
         slots_per_image = counts.wait()
@@ -67,7 +73,7 @@ class SoloTask(nn.Module):
                 self.segmenter.head,
                 predictions,
                 targets,
-                batch.instances,
+                instances,
                 self.losses,
                 slots_per_image=slots_per_image,
                 sum_over_workers=sum_over_workers,
@@ -78,10 +84,11 @@ class SoloTask(nn.Module):
             self.segmenter.head,
             predictions,
             targets,
-            batch.instances,
+            instances,
             similarity,
             self.losses,
             step=step,
+            empty_images="background" if self.supervision == "boxes" else "unknown",
             slots_per_image=slots_per_image,
             sum_over_workers=sum_over_workers,
             num_workers=world_size(),

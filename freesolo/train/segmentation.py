@@ -140,7 +140,9 @@ def _build(
         dataset_url=job.dataset,
         manifest=manifest,
         labels=labels,
-        view=SegmentationView(settings.views, settings.model.embedding_channels),
+        view=SegmentationView(
+            settings.views, settings.model.embedding_channels, boxes_alone=settings.supervision == "boxes"
+        ),
         collate=collate_photos,
         order=Order(
             tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
