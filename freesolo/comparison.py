@@ -6,16 +6,16 @@ The table has a row a label set, in the order given: Free Mask, then each round 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from freesolo.data.coco import ground_truth, sample_labels
+from freesolo.data.coco import CocoRecord, ground_truth, sample_labels
 from freesolo.data.labels import ImageLabels, LabelSet, read_label_file, read_labels_of
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
-from freesolo.evaluation import Detections, Metrics, evaluate_class_agnostic
+from freesolo.evaluation import Detections, Metrics, evaluate_by_category, evaluate_class_agnostic
 from freesolo.ops.masks import decode_rle
 from freesolo.report.records import GalleryLayer, GalleryPhoto
 
@@ -50,10 +50,7 @@ def compare(dataset: str, label_sets: Mapping[str, str], *, gallery_images: int)
     """
     manifest = check_comparable(dataset, label_sets)
     truth = ground_truth(dataset)
-    rows = {
-        name: evaluate_class_agnostic(truth, _detections(read_labels_of(url, manifest)))
-        for name, url in label_sets.items()
-    }
+    rows = {name: _evaluate(truth, read_labels_of(url, manifest), manifest) for name, url in label_sets.items()}
     return Comparison(manifest.digest, rows, gallery(dataset, label_sets, images=gallery_images))
 
 
@@ -61,14 +58,30 @@ def check_comparable(dataset: str, label_sets: Mapping[str, str]) -> DatasetMani
     """The manifest of a data set that label sets can be evaluated on.
 
     Raises:
-        UsageError: It has no annotations, or a label set is of another data set.
+        UsageError: It has no annotations, or a label set is of another data set or tells other categories apart.
     """
     manifest = read_dataset_manifest(dataset)
     if not manifest.annotated:
         raise UsageError(f"{dataset}: has no annotations to evaluate against; pack it from a COCO JSON")
     for url in label_sets.values():
-        read_labels_of(url, manifest)
+        if unknown := set(_category_names(read_labels_of(url, manifest))) - {one["id"] for one in manifest.categories}:
+            raise UsageError(f"{url}: its category {min(unknown)} is none of those of {dataset}")
     return manifest
+
+
+def _evaluate(truth: CocoRecord, labels: LabelSet, manifest: DatasetManifest) -> Metrics:
+    """By category too, where the label set tells any apart."""
+    metrics = evaluate_class_agnostic(truth, _detections(labels))
+    if not _category_names(labels):
+        return metrics
+    names = {category["id"]: str(category.get("name", category["id"])) for category in manifest.categories}
+    return replace(metrics, categories=evaluate_by_category(truth, _detections(labels), names))
+
+
+def _category_names(labels: LabelSet) -> dict[int, str]:
+    """By COCO's id, ascending, so that a label's category is a place among them; none for class-agnostic labels."""
+    known = labels.manifest.plan.model.get("categories", ())
+    return {category["id"]: str(category.get("name", category["id"])) for category in known}
 
 
 def gallery(dataset: str, label_sets: Mapping[str, str], *, images: int) -> tuple[GalleryPhoto, ...]:
@@ -107,6 +120,7 @@ def gallery(dataset: str, label_sets: Mapping[str, str], *, images: int) -> tupl
 
 
 def _detections(label_set: LabelSet) -> Iterator[Detections]:
+    coco_ids = list(_category_names(label_set))
     for file in label_set.manifest.files:
         for labels in read_label_file(label_set.url, file):
             yield Detections(
@@ -114,6 +128,7 @@ def _detections(label_set: LabelSet) -> Iterator[Detections]:
                 rles=[instance.rle for instance in labels.instances],
                 boxes_xywh=[instance.bbox_xywh for instance in labels.instances],
                 scores=[instance.score for instance in labels.instances],
+                category_ids=[coco_ids[one.category_id] for one in labels.instances] if coco_ids else None,
             )
 
 
@@ -126,9 +141,11 @@ def _layer(name: str, labels: ImageLabels, *, scored: bool = True) -> GalleryLay
 def as_table(rows: Mapping[str, Metrics]) -> str:
     """The comparison as a Markdown table, in percent; a dash where nothing could be measured."""
     columns = {"mask AP50": "segm/AP50", "mask AP": "segm/AP", "mask AR100": "segm/AR100", "box AP50": "bbox/AP50"}
+    if any(row.categories for row in rows.values()):
+        columns |= {"AP by category": "category/AP", "AP50 by category": "category/AP50"}
     lines = ["| label set | " + " | ".join([*columns, "CorLoc"]) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, row in rows.items():
         values = row.as_dict()
-        shown = [values[key] for key in [*columns.values(), "corloc"]]
+        shown = [values.get(key) for key in [*columns.values(), "corloc"]]
         lines.append(f"| {name} | " + " | ".join("-" if v is None else f"{100 * v:.1f}" for v in shown) + " |")
     return "\n".join(lines) + "\n"

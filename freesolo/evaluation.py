@@ -1,6 +1,7 @@
-"""How good the found objects are, whatever they are called: class-agnostic COCO metrics and CorLoc.
+"""How good the found objects are: class-agnostic COCO metrics and CorLoc, and AP by category where there are any.
 
-Every object counts the same and no table by category exists: a model without categories would fill it with zeros.
+For the class-agnostic numbers every object counts the same, whatever it is called. A table by category exists only for
+predictions that tell categories apart: a model without categories would fill it with zeros.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import Float
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -31,12 +34,14 @@ class Detections:
         rles: Masks at the image's size.
         boxes_xywh: Boxes in px, one a mask.
         scores: One a mask; only their order matters.
+        category_ids: COCO's, one a mask; None where categories are not told apart.
     """
 
     image_id: int
     rles: Sequence[Rle]
     boxes_xywh: Sequence[Sequence[float]]
     scores: Sequence[float]
+    category_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.rles) == len(self.boxes_xywh) == len(self.scores):
@@ -44,6 +49,8 @@ class Detections:
                 f"image {self.image_id}: {len(self.rles)} masks, {len(self.boxes_xywh)} boxes, "
                 f"{len(self.scores)} scores"
             )
+        if self.category_ids is not None and len(self.category_ids) != len(self.scores):
+            raise ValueError(f"image {self.image_id}: {len(self.category_ids)} categories, {len(self.scores)} scores")
         if not all(math.isfinite(score) for score in self.scores):
             raise ValueError(f"image {self.image_id}: a score is not a finite number")
 
@@ -74,6 +81,21 @@ class RegionMetrics:
 
 
 @dataclass(frozen=True, slots=True)
+class CategoryMetrics:
+    """COCO's mask AP, in which a prediction is right only if its category is.
+
+    Attributes:
+        ap: Mean over the categories that have objects; None where none has.
+        ap50: Likewise, at an IoU of 0.50.
+        by_category: AP of each category by name, None where there is no object of it.
+    """
+
+    ap: float | None
+    ap50: float | None
+    by_category: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
     """How well predictions match the objects of a data set.
 
@@ -85,6 +107,7 @@ class Metrics:
         images: Images evaluated, those without objects included.
         objects: Objects to find; crowd regions are none.
         predictions: Predictions given.
+        categories: By category; None where predictions do not tell categories apart.
     """
 
     segm: RegionMetrics
@@ -93,13 +116,20 @@ class Metrics:
     images: int
     objects: int
     predictions: int
+    categories: CategoryMetrics | None = None
 
     def as_dict(self) -> dict[str, float | None]:
-        """All numbers under flat names: `segm/AP50`, `bbox/AR100`, `corloc`, `images`; None where undefined."""
+        """All numbers under flat names: `segm/AP50`, `bbox/AR100`, `corloc`, `images`; None where undefined.
+
+        Where there are categories also `category/AP`, `category/AP50` and `category/AP/<name>`.
+        """
         flat: dict[str, float | None] = {}
         for kind, region in (("segm", self.segm), ("bbox", self.bbox)):
             for field in fields(region):
                 flat[f"{kind}/{field.name[:2].upper()}{field.name[2:]}"] = getattr(region, field.name)
+        if self.categories is not None:
+            flat |= {"category/AP": self.categories.ap, "category/AP50": self.categories.ap50}
+            flat |= {f"category/AP/{name}": ap for name, ap in self.categories.by_category.items()}
         return flat | {
             "corloc": self.corloc,
             "images": self.images,
@@ -139,6 +169,57 @@ def evaluate_class_agnostic(ground_truth: Mapping[str, Any], predictions: Iterab
         objects=sum(not thing["iscrowd"] for thing in objects),
         predictions=sum(len(record) for record in records.values()),
     )
+
+
+def evaluate_by_category(
+    ground_truth: Mapping[str, Any], predictions: Iterable[Detections], categories: Mapping[int, str]
+) -> CategoryMetrics:
+    """Compare predictions that have categories with a COCO ground truth, as COCO does.
+
+    Args:
+        ground_truth: As in `evaluate_class_agnostic`, with a `category_id` for each annotation.
+        predictions: As there, with `category_ids`.
+        categories: Name of each category by COCO's id; all that annotations and predictions may have.
+
+    Raises:
+        ValueError: As `evaluate_class_agnostic`; or a category is not among those, or missing.
+    """
+    sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
+    records = _by_image(predictions, sizes)
+    objects = [
+        _object(annotation, sizes, number) | {"category_id": annotation["category_id"]}
+        for number, annotation in enumerate(ground_truth["annotations"], 1)
+    ]
+    results = _results(records, "segm")
+    given = [category for record in records.values() for category in _categories_of(record)]
+    for result, category in zip(results, given, strict=True):
+        result["category_id"] = category
+    if unknown := {thing["category_id"] for thing in [*objects, *results]} - set(categories):
+        raise ValueError(f"category {min(unknown)} is none of the {len(categories)} known ones")
+    ids = sorted(categories)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(_coco(sizes, objects, ids), _coco(sizes, results, ids), "segm")
+        evaluator.params.maxDets = [1, 10, 100]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    # Precision at (IoU threshold, recall, category, all sizes, 100 predictions an image); -1 where there is no object.
+    precision = evaluator.eval["precision"][:, :, :, 0, -1]
+    return CategoryMetrics(
+        ap=_mean(precision),
+        ap50=_mean(precision[:1]),
+        by_category={categories[each]: _mean(precision[:, :, number]) for number, each in enumerate(ids)},
+    )
+
+
+def _categories_of(record: Detections) -> Sequence[int]:
+    if record.category_ids is None:
+        raise ValueError(f"image {record.image_id}: predictions without categories")
+    return record.category_ids
+
+
+def _mean(precision: Float[np.ndarray, ...]) -> float | None:
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else None
 
 
 def _by_image(predictions: Iterable[Detections], sizes: Mapping[int, tuple[int, int]]) -> dict[int, Detections]:
@@ -209,12 +290,14 @@ def _coco_metrics(
     return RegionMetrics(*(None if number < 0 else float(number) for number in evaluator.stats))
 
 
-def _coco(sizes: Mapping[int, tuple[int, int]], annotations: Sequence[dict[str, Any]]) -> Any:
+def _coco(
+    sizes: Mapping[int, tuple[int, int]], annotations: Sequence[dict[str, Any]], categories: Sequence[int] = (_OBJECT,)
+) -> Any:
     """pycocotools' index of annotations, which copes with none where its `loadRes` does not."""
     coco = COCO()
     coco.dataset = {
         "images": [{"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes.items()],
-        "categories": [{"id": _OBJECT, "name": "object"}],
+        "categories": [{"id": category} for category in categories],
         "annotations": [dict(annotation) for annotation in annotations],
     }
     coco.createIndex()

@@ -92,11 +92,12 @@ def _curves(name: str, folder: StageFolder) -> list[Curve]:
 
 
 def _shares(metrics: Metrics) -> dict[str, float | None]:
-    """Metrics under the page's names, one table for masks and one for boxes."""
+    """Metrics under the page's names: a table for masks, one for boxes, one for categories where there are any."""
+    tables = {"segm": "Masks", "bbox": "Boxes", "category": "Categories"}
     shares: dict[str, float | None] = {}
     for key, value in metrics.as_dict().items():
         kind, slash, name = key.partition("/")
-        if slash:
-            shares[f"{'Masks' if kind == 'segm' else 'Boxes'}/{name}"] = value
+        if slash and "/" not in name:  # each single category's would make a table as wide as there are categories
+            shares[f"{tables[kind]}/{name}"] = value
     shares["Masks/CorLoc"] = metrics.corloc
     return shares

@@ -128,8 +128,7 @@ def export_coco(url: str, categories: Sequence[Mapping[str, Any]] | None = None)
 
     Args:
         url: Of the data set or label set.
-        categories: COCO's categories of a label set whose model tells them apart: those it was trained on. None for a
-            class-agnostic one.
+        categories: COCO's categories of a label set, in place of those that it says itself, if any.
 
     Raises:
         UsageError: Nothing is there, or a category of the labels is not among `categories`.
@@ -219,7 +218,7 @@ def _open_data_set(url: str) -> CocoStream:
 
 def _open_label_set(url: str, categories: Sequence[Mapping[str, Any]] | None) -> CocoStream:
     manifest = read_label_manifest(url)
-    known = tuple(dict(category) for category in categories or (OBJECT_CATEGORY,))
+    known = tuple(dict(one) for one in categories or manifest.plan.model.get("categories") or (OBJECT_CATEGORY,))
     coco_ids = sorted(category["id"] for category in known)
 
     def images() -> Iterator[tuple[CocoRecord, list[CocoRecord]]]:

@@ -74,7 +74,8 @@ class LabelPlan:
         dataset_digest: `DatasetManifest.digest` of the images.
         dataset_url: Where they were; the only thing that may differ when a job is resumed.
         kind: What the labels are.
-        model: What made them: weights reference, sha256 digest, registry version or None.
+        model: What made them: weights reference, sha256 digest, registry version or None; `categories`, COCO's
+            records by ascending id, where it tells any apart: a label's category is a place among them.
         settings: The resolved configuration.
         parent: Digest of the label set that the model was trained on, its lineage; None for the first.
     """

@@ -90,11 +90,13 @@ class SegmentationView:
         embedding_channels: Of the labels; labels without embeddings get zeros.
         boxes_alone: Instances are their filled boxes; their masks are not looked at, not even by what is made of rows
             later, as copy-paste.
+        category_ids: COCO's ids of the categories to tell apart, ascending; none: all objects are category 0.
     """
 
     settings: SegmentationViewSettings
     embedding_channels: int
     boxes_alone: bool = False
+    category_ids: tuple[int, ...] = ()
 
     @property
     def schema(self) -> pa.Schema:
@@ -116,7 +118,7 @@ class SegmentationView:
 
     def row(self, sample: Sample, labels: ImageLabels | None, random: np.random.Generator) -> Row:
         """One photo and its labels at a random size."""
-        labels = labels or sample_labels(without_masks(sample) if self.boxes_alone else sample)
+        labels = labels or self._own_labels(sample)
         short_side = int(random.choice(self.settings.short_sides))
         flip = random.random() < self.settings.flip_probability
         try:
@@ -130,6 +132,8 @@ class SegmentationView:
                 "key": sample.key,
                 "error": f"its labels' embeddings do not have {self.embedding_channels} channels",
             }
+        if self.category_ids and any(each.category_id >= len(self.category_ids) for each in labels.instances):
+            return {"key": sample.key, "error": f"its labels have a category beyond the {len(self.category_ids)} known"}
         height, width = resized_size(sample.height, sample.width, short_side, self.settings.long_side_max)
         pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
         masks = self._masks(labels, height, width)
@@ -144,10 +148,15 @@ class SegmentationView:
             "width": width,
             "pixels": pixels.tobytes(),
             "masks": pack_masks(masks[kept]).tobytes(),
-            "category_ids": [instance.category_id for instance in instances],
+            "category_ids": [instance.category_id if self.category_ids else 0 for instance in instances],
             "scores": [instance.score for instance in instances],
             "embeddings": b"".join(self._embedding(instance.embedding).tobytes() for instance in instances),
         }
+
+    def _own_labels(self, sample: Sample) -> ImageLabels:
+        """A data set's annotations, their categories numbered as the model's are."""
+        numbers = {coco_id: number for number, coco_id in enumerate(self.category_ids)}
+        return sample_labels(without_masks(sample) if self.boxes_alone else sample, numbers or None)
 
     def _masks(self, labels: ImageLabels, height: int, width: int) -> Bool[np.ndarray, "N H W"]:
         """Resized as the photo is."""

@@ -69,11 +69,14 @@ def prediction_labelling(
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve_weights(job.weights, Path(folder), server=resolve_server(job.tracking, storage))
         model = load_model(resolved.path, "segmenter")
+    made_by = {"weights": job.weights, "sha256": resolved.sha256, "version": resolved.version}
+    if categories := model.lineage.get("categories"):
+        made_by |= {"categories": categories}
     plan = LabelPlan(
         dataset_digest=dataset.digest,
         dataset_url=job.dataset,
         kind=kind,
-        model={"weights": job.weights, "sha256": resolved.sha256, "version": resolved.version},
+        model=made_by,
         settings=plan_settings(settings, job.resources),
         parent=parent or model.lineage.get("labels_digest"),
     )

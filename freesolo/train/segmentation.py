@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ def segmenter_inputs(job: TrainJob, storage: str) -> SegmenterInputs:
     """
     manifest = read_dataset_manifest(job.dataset)
     labels = _matching_labels(job, manifest)
+    _categories(job, manifest, labels)
     weights = read_initial_weights(job.train.initial_weights, job.tracking, storage)
     if weights is not None:
         _load_weights(Segmenter(job.train.model), weights)
@@ -121,6 +123,25 @@ def _matching_labels(job: TrainJob, manifest: DatasetManifest) -> LabelSet | Non
     return labels
 
 
+def _categories(job: TrainJob, manifest: DatasetManifest, labels: LabelSet | None) -> tuple[dict[str, Any], ...]:
+    """COCO's records of the categories that the model tells apart, by ascending id; none for a class-agnostic one.
+
+    Raises:
+        UsageError: The labels do not have as many as the model.
+    """
+    wanted = job.train.model.num_categories
+    if wanted == 1:
+        return ()
+    known = manifest.categories if labels is None else labels.manifest.plan.model.get("categories", ())
+    if len(known) != wanted:
+        number = f"{len(known)} categories; set it to {len(known)}, or" if len(known) > 1 else "no categories; set it"
+        raise UsageError(
+            f"train.model.num_categories={wanted}: the labels of {job.labels or job.dataset} have {number} to 1, for "
+            "objects as such"
+        )
+    return tuple(sorted(known, key=lambda category: category["id"]))
+
+
 def _build(
     job: TrainJob,
     manifest: DatasetManifest,
@@ -141,7 +162,10 @@ def _build(
         manifest=manifest,
         labels=labels,
         view=SegmentationView(
-            settings.views, settings.model.embedding_channels, boxes_alone=settings.supervision == "boxes"
+            settings.views,
+            settings.model.embedding_channels,
+            boxes_alone=settings.supervision == "boxes",
+            category_ids=tuple(category["id"] for category in _categories(job, manifest, labels)),
         ),
         collate=collate_photos,
         order=Order(
@@ -182,9 +206,15 @@ def _save_segmenter(
 ) -> None:
     module = learner.best_module()
     assert isinstance(module, SoloTask)
-    lineage = {"dataset": job.dataset, "dataset_digest": manifest.digest, "supervision": job.train.supervision}
+    lineage: dict[str, Any] = {
+        "dataset": job.dataset,
+        "dataset_digest": manifest.digest,
+        "supervision": job.train.supervision,
+    }
     if labels is not None:
         lineage |= {"labels": str(job.labels), "labels_digest": labels.manifest.digest}
+    if categories := _categories(job, manifest, labels):
+        lineage |= {"categories": list(categories)}
     state = {name: value.detach().cpu().contiguous() for name, value in module.segmenter.state_dict().items()}
     save_model(path, "segmenter", settings=job.train.model.model_dump(), state_dict=state, lineage=lineage)
 

@@ -2,15 +2,17 @@
 
 import contextlib
 import copy
+import dataclasses
 import io
 import sys
 
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from freesolo.evaluation import Detections, Metrics, evaluate_class_agnostic
+from freesolo.evaluation import Detections, Metrics, evaluate_by_category, evaluate_class_agnostic
 from freesolo.ops.masks import boxes_xywh, encode_rle
 
 SIDE = 160
@@ -299,3 +301,82 @@ def test_annotations_that_do_not_fit_their_images_are_refused():
     ground_truth["annotations"][0]["segmentation"] = []
     with pytest.raises(ValueError, match="annotation 1 of image 1: a segmentation without polygons"):
         evaluate_class_agnostic(ground_truth, [])
+
+
+CATEGORIES = {3: "cat", 7: "dog", 9: "tree"}
+
+
+def in_categories(record: Detections, *category_ids: int) -> Detections:
+    return dataclasses.replace(record, category_ids=category_ids)
+
+
+def truth_of_categories(objects: dict[int, list[tuple[Span, int]]]) -> dict:
+    ground_truth = truth({image_id: [span for span, _ in spans] for image_id, spans in objects.items()})
+    given = [category for spans in objects.values() for _, category in spans]
+    for annotation, category in zip(ground_truth["annotations"], given, strict=True):
+        annotation["category_id"] = category
+    return ground_truth
+
+
+def test_a_category_is_right_or_the_object_is_not_found():
+    ground_truth = truth_of_categories({1: [(FIRST, 3), (SECOND, 7)]})
+    right = in_categories(predicted(1, (FIRST, 0.9), (SECOND, 0.8)), 3, 7)
+    metrics = evaluate_by_category(ground_truth, [right], CATEGORIES)
+    assert (metrics.ap, metrics.ap50) == pytest.approx((1.0, 1.0))
+    assert metrics.by_category == pytest.approx({"cat": 1.0, "dog": 1.0, "tree": None})
+    swapped = in_categories(predicted(1, (FIRST, 0.9), (SECOND, 0.8)), 3, 3)
+    metrics = evaluate_by_category(ground_truth, [swapped], CATEGORIES)
+    # Of cats the first is right, the second wrong after it: all recalls have precision 1. No dog is found.
+    assert metrics.by_category == pytest.approx({"cat": 1.0, "dog": 0.0, "tree": None})
+    assert metrics.ap == pytest.approx(0.5)
+
+
+def test_categories_agree_with_pycocotools():
+    generator = torch.Generator().manual_seed(5)
+    objects: dict[int, list[tuple[Span, int]]] = {}
+    records = []
+    for image_id in range(1, 7):
+        spans = [tuple(map(int, torch.randint(5, 60, (4,), generator=generator))) for _ in range(5)]
+        kinds = [sorted(CATEGORIES)[int(torch.randint(0, 2, (1,), generator=generator))] for _ in spans]
+        objects[image_id] = list(zip(spans, kinds, strict=True))
+        moved = [(max(0, x - 2), y + 1, w, h) for x, y, w, h in spans]
+        scores = torch.rand(len(spans), generator=generator).tolist()
+        records.append(in_categories(predicted(image_id, *zip(moved, scores, strict=True)), *kinds[:-1], 9))
+    ground_truth = truth_of_categories(objects)
+    coco = COCO()
+    coco.dataset = copy.deepcopy(ground_truth) | {"categories": [{"id": one} for one in CATEGORIES]}
+    for annotation in coco.dataset["annotations"]:
+        annotation |= {"area": float(coco_mask.area(annotation["segmentation"])), "bbox": [0, 0, 1, 1]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        results = coco.loadRes(
+            [
+                {"image_id": record.image_id, "category_id": category, "segmentation": rle, "score": score}
+                for record in records
+                for rle, score, category in zip(record.rles, record.scores, record.category_ids, strict=True)
+            ]
+        )
+        evaluator = COCOeval(coco, results, "segm")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    metrics = evaluate_by_category(ground_truth, records, CATEGORIES)
+    assert metrics.ap == pytest.approx(evaluator.stats[0])
+    assert metrics.ap50 == pytest.approx(evaluator.stats[1])
+    assert 0 < metrics.ap < 1
+
+
+def test_categories_that_nobody_knows_are_refused():
+    ground_truth = truth_of_categories({1: [(FIRST, 3)]})
+    with pytest.raises(ValueError, match="category 8 is none of the 3 known ones"):
+        evaluate_by_category(ground_truth, [in_categories(predicted(1, (FIRST, 0.9)), 8)], CATEGORIES)
+    with pytest.raises(ValueError, match="image 1: predictions without categories"):
+        evaluate_by_category(ground_truth, [predicted(1, (FIRST, 0.9))], CATEGORIES)
+    with pytest.raises(ValueError, match="image 1: 2 categories, 1 scores"):
+        in_categories(predicted(1, (FIRST, 0.9)), 3, 7)
+
+
+def test_without_objects_or_predictions_categories_have_no_number_or_0():
+    assert evaluate_by_category(truth({1: []}), [], CATEGORIES).ap is None
+    metrics = evaluate_by_category(truth_of_categories({1: [(FIRST, 7)]}), [], CATEGORIES)
+    assert (metrics.ap, metrics.by_category) == (0.0, {"cat": None, "dog": 0.0, "tree": None})
