@@ -69,7 +69,7 @@ def segmenter_inputs(job: TrainJob, storage: str) -> SegmenterInputs:
     _categories(job, manifest, labels)
     weights = read_initial_weights(job.train.initial_weights, job.tracking, storage)
     if weights is not None:
-        _load_weights(Segmenter(job.train.model), weights)
+        load_initial_weights(Segmenter(job.train.model), weights)
     return SegmenterInputs(manifest, labels, weights)
 
 
@@ -154,7 +154,7 @@ def _build(
     task = SoloTask(settings.model, settings.supervision, settings.losses)
     task.initialise(torch.Generator().manual_seed(settings.loop.seed))
     if weights is not None:
-        _load_weights(task.segmenter, weights.fetch())
+        load_initial_weights(task.segmenter, weights.fetch())
     if settings.freeze_batch_norm:
         freeze_batch_norm(task.segmenter.backbone)
     stream = TrainingStream(
@@ -186,12 +186,23 @@ def _build(
     )
 
 
-def _load_weights(segmenter: Segmenter, weights: InitialWeights) -> None:
-    """A whole segmenter, or a backbone for it."""
-    tensors = weights.tensors
+def load_initial_weights(segmenter: Segmenter, weights: InitialWeights) -> None:
+    """Begin a segmenter from another one, or from a backbone.
+
+    What a segmenter says of categories is kept only where there are as many: fine-tuning on others begins it anew
+    (FreeSOLO, arXiv:2202.12181, sec. 4.2).
+
+    Raises:
+        UsageError: The weights are of another architecture; names a tensor.
+    """
+    tensors = dict(weights.tensors)
     if not any(name.startswith("head.") for name in tensors):
         load_backbone(segmenter.backbone, tensors, source=weights.reference)
         return
+    own = segmenter.state_dict()
+    for name in ("head.category_output.weight", "head.category_output.bias"):
+        if name in tensors and tensors[name].shape != own[name].shape:
+            tensors[name] = own[name]
     try:
         segmenter.load_state_dict(tensors)
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 
@@ -32,9 +33,11 @@ from freesolo.data.shards import (
 )
 from freesolo.data.views import SegmentationView
 from freesolo.errors import UsageError
+from freesolo.models.model_file import save_model
 from freesolo.settings import LoopSettings, LossSettings, SegmentationViewSettings, TrackingSettings, TrainSettings
+from freesolo.solo.model import Segmenter
 from freesolo.solo.task import SoloTask
-from freesolo.train.segmentation import segmenter_inputs
+from freesolo.train.segmentation import load_initial_weights, segmenter_inputs
 from tests.benchmarks.synthetic import segmentation_batch
 from tests.small import small_solo
 
@@ -133,6 +136,23 @@ def test_a_model_has_as_many_categories_as_its_labels_or_one(dataset: str, tmp_p
             segmenter_inputs(train_job(dataset, known, 80), str(tmp_path))
     with pytest.raises(UsageError, match=r"num_categories=2: the labels of .*none have no categories; set it to 1"):
         segmenter_inputs(train_job(dataset, agnostic, 2), str(tmp_path))
+
+
+def test_a_model_of_objects_begins_one_of_categories(dataset: str, tmp_path: Path) -> None:
+    """All of it but what it says of categories, which begins anew."""
+    agnostic = Segmenter(small_solo()).initialise(torch.Generator().manual_seed(1))
+    path = tmp_path / "freesolo.pt"
+    save_model(path, "segmenter", small_solo().model_dump(), agnostic.state_dict(), {})
+    job = train_job(dataset, None, 2)
+    job = job.model_copy(update={"train": job.train.model_copy(update={"initial_weights": str(path)})})
+    weights = segmenter_inputs(job, str(tmp_path)).weights
+    assert weights is not None
+    fresh = Segmenter(small_solo(num_categories=2)).initialise(torch.Generator().manual_seed(2))
+    begun = copy.deepcopy(fresh)
+    load_initial_weights(begun, weights)
+    for name, value in begun.state_dict().items():
+        source = fresh if name.startswith("head.category_output.") else agnostic
+        assert torch.equal(value, source.state_dict()[name]), name
 
 
 def test_categories_are_evaluated_where_there_are_any(dataset: str, tmp_path: Path) -> None:
