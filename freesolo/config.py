@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from freesolo.errors import UsageError
 from freesolo.settings import (
@@ -121,6 +121,7 @@ class PipelineJob(Job):
     predict: PredictSettings = PredictSettings()  # of pseudo-labels
     held_out: PredictSettings = PredictSettings(inference=InferenceSettings(), max_width=1.0)  # of what is evaluated
     gallery_images: NonNegative = 24
+    object_groups: int = Field(default=12, ge=0, le=64)  # on the report page, of what was found; 0: no such section
     notes: tuple[str, ...] = ()  # on the report page: what such a run can and cannot show
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from freesolo.config import ExtractJob, PipelineJob, PredictJob, PretrainJob, Tr
 from freesolo.data.files import join
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.evaluation import Metrics
+from freesolo.found_objects import group_objects
 from freesolo.jobs import (
     extract_stage,
     predict_stage,
@@ -31,6 +32,7 @@ from freesolo.jobs import (
     witnessed,
 )
 from freesolo.registry.champion import promote_if_better
+from freesolo.report.records import GroupedObjects
 from freesolo.run_report import write_report
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking.journal import Journal
@@ -185,8 +187,17 @@ class _Pipeline:
                 "Evaluated on": f"{job.evaluation_dataset}, {digest}" if digest else "nothing: no annotated data set",
                 "Registered": ", ".join(self._registered().values()) or "nothing: tracking.registered_model is not set",
             },
+            found=self._found(),
         )
         return StageResult(self.folder.stage, 0.0, {"report": url, **self._registered()}, metrics=metrics)
+
+    def _found(self) -> GroupedObjects | None:
+        """The objects of the last label set that was made of the training photos, in groups; None if not asked for."""
+        if not self.job.object_groups:
+            return None
+        name, labels = list(self.labels.items())[-1]
+        shown = f"{name}, the last label set of the training photos"
+        return group_objects(self.job.dataset, shown, labels, groups=self.job.object_groups, bounds=self.job.bounds)
 
     def _promote(self, rows: dict[str, Metrics], digest: str) -> None:
         """Offer each round's model for champion, on the strength of its evaluation."""

@@ -9,7 +9,7 @@ from freesolo.data.files import join, write_atomic
 from freesolo.evaluation import Metrics
 from freesolo.provenance import code_version, git_commit
 from freesolo.report.page import render_page
-from freesolo.report.records import Curve, GalleryPhoto, MetricRow, Report, StageSummary
+from freesolo.report.records import Curve, GalleryPhoto, GroupedObjects, MetricRow, Report, StageSummary
 from freesolo.settings import Settings
 from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.journal import read_journal
@@ -34,6 +34,7 @@ def write_report(
     notes: tuple[str, ...],
     settings: Settings,
     provenance: Mapping[str, str],
+    found: GroupedObjects | None = None,
 ) -> str:
     """Write `report/index.html` into a stage's folder, and tell MLflow as an artifact of that name.
 
@@ -49,6 +50,7 @@ def write_report(
         notes: What the run can and cannot show.
         settings: The resolved configuration.
         provenance: Digests, versions and lineage, beside the code's and the configuration.
+        found: What was found, grouped; None for no such section.
 
     Returns:
         The page's URL.
@@ -59,6 +61,7 @@ def write_report(
         stages=tuple(StageSummary(name, result.seconds, result.counts) for name, result in stages),
         curves=tuple(curve for name, stage in trained for curve in _curves(name, stage)),
         metric_rows=tuple(MetricRow(name, _shares(metrics)) for name, metrics in rows.items()),
+        found=found,
         gallery=gallery,
         notes=notes,
         provenance={

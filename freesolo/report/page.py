@@ -1,8 +1,8 @@
 """One run as one HTML file that needs nothing else: photos, masks, styles and script are all inside.
 
 It opens from a disk, from a bucket and inside MLflow's artifact viewer (a frame without storage or same origin), and
-fetches nothing: its content security policy forbids it to. The tables are plain HTML; the script draws the gallery
-and the curves.
+fetches nothing: its content security policy forbids it to. The tables are plain HTML; the script draws the groups
+of objects, the gallery and the curves.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from string import Template
 from freesolo.progress import describe_seconds
 from freesolo.report.chart_data import chart_data
 from freesolo.report.gallery_data import gallery_data
-from freesolo.report.records import MetricRow, Report, StageSummary
+from freesolo.report.group_data import group_data
+from freesolo.report.records import GroupedObjects, MetricRow, Report, StageSummary
 
-SCRIPTS = ("elements.js", "gallery.js", "charts.js", "page.js")
+SCRIPTS = ("elements.js", "groups.js", "gallery.js", "charts.js", "page.js")
 
 
 def render_page(report: Report) -> str:
@@ -34,6 +35,7 @@ def render_page(report: Report) -> str:
         ("pipeline", "Pipeline", _pipeline(report.stages)),
         ("results", "Results", _metrics(report.metric_rows)),
         ("notes", "What this run can and cannot show", _paragraphs(report.notes)),
+        ("found", "What it found, grouped", _found(report.found)),
         ("gallery", "Gallery", _asset("gallery.html") if report.gallery else ""),
         ("curves", "Learning curves", _asset("curves.html") if curves else ""),
         ("provenance", "Provenance", _provenance(report.provenance)),
@@ -48,7 +50,9 @@ def render_page(report: Report) -> str:
         facts=escape(_facts(report)),
         contents="\n".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in shown),
         sections="\n".join(_section(*section) for section in shown) or "<p>Nothing was recorded.</p>",
-        data=_script_json({"gallery": gallery_data(report.gallery), "curves": curves}),
+        data=_script_json(
+            {"groups": group_data(report.found), "gallery": gallery_data(report.gallery), "curves": curves}
+        ),
         script=script,
     )
 
@@ -79,6 +83,8 @@ def _facts(report: Report) -> str:
         facts.append(f"{describe_seconds(sum(timed))} in all")
     if report.metric_rows:
         facts.append(f"{_counted(len(report.metric_rows), 'label set')} compared")
+    if report.found is not None and report.found.groups:
+        facts.append(f"{_counted(len(report.found.groups), 'group')} of objects")
     if report.gallery:
         facts.append(f"{_counted(len(report.gallery), 'photo')} to look at")
     return " · ".join(facts)
@@ -165,6 +171,29 @@ def _metric_cell(value: float | None, best: float | None) -> str:
     return f"<td>{value * 100:.1f}</td>"
 
 
+def _found(found: GroupedObjects | None) -> str:
+    """What was grouped, in words, and the groups' place."""
+    if found is None:
+        return ""
+    name = escape(found.label_set)
+    if not found.groups:
+        why = "its objects have no embeddings" if found.found else "it has none"
+        return f'<p class="empty">No objects of {name} to group: {why}.</p>'
+    if found.grouped == found.found:
+        which = f"{_counted(found.found, 'object')} of {name}"
+    else:
+        which = (
+            f"{found.grouped:,} of the {found.found:,} objects of {name}, drawn at random from "
+            f"{found.sampled_shards:,} of its {found.shards:,} shards"
+        )
+    explained = (
+        "gathered by k-means over their semantic embeddings: nobody told the model what belongs together, or what "
+        "anything is called. The largest group is first, and in it its most typical objects. Choose one to see which "
+        "others are nearest to it, of whatever group; how alike two are is the cosine between their embeddings."
+    )
+    return f'<p class="legend-text">{which}, {explained}</p>' + _asset("groups.html")
+
+
 def _provenance(provenance: Mapping[str, str]) -> str:
     if not provenance:
         return ""
@@ -184,7 +213,7 @@ def _paragraphs(paragraphs: tuple[str, ...] | list[str]) -> str:
 
 
 def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _count_text(count: int | float | str) -> str:

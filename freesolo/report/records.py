@@ -118,6 +118,69 @@ class GalleryPhoto:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundObject:
+    """An object of a label set.
+
+    Attributes:
+        file_name: Of its photo; any text.
+        score: In [0, 1].
+        picture: The object cut out of its photo, RGB, `(h, w, 3)`, small.
+        nearest: Other objects that look like it to the model, the most alike first: the place of each in
+            `GroupedObjects.objects`, and the cosine between their embeddings, in [-1, 1]. May be empty.
+    """
+
+    file_name: str
+    score: float
+    picture: UInt8[np.ndarray, "h w 3"]
+    nearest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectGroup:
+    """Objects that look alike to the model.
+
+    Attributes:
+        size: How many there are.
+        shown: The places in `GroupedObjects.objects` of the most typical of them, the most typical first.
+    """
+
+    size: int
+    shown: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedObjects:
+    """What a label set found, by likeness.
+
+    Attributes:
+        label_set: Its name.
+        found: Objects of the whole label set.
+        shards: Of the whole label set.
+        sampled_shards: Those whose objects were drawn from.
+        groups: The largest first; none where there is no object, or they have no embeddings.
+        objects: Those that are shown, each once, as members of a group or as another's nearest.
+    """
+
+    label_set: str
+    found: int
+    shards: int
+    sampled_shards: int
+    groups: tuple[ObjectGroup, ...] = ()
+    objects: tuple[FoundObject, ...] = ()
+
+    def __post_init__(self) -> None:
+        places = [place for group in self.groups for place in group.shown]
+        places += [place for each in self.objects for place, _ in each.nearest]
+        if not all(0 <= place < len(self.objects) for place in places):
+            raise ValueError(f"a group or an object of {self.label_set!r} names one of {len(self.objects)} by no place")
+
+    @property
+    def grouped(self) -> int:
+        """Objects of all groups: those of the label set that were drawn."""
+        return sum(group.size for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """One run, as `page.render_page` shows it. Every part but the title may be empty, and the page then says so.
 
@@ -127,6 +190,7 @@ class Report:
         stages: In the order in which they ran.
         curves: Of all stages.
         metric_rows: One a label set, in the order of the table: Free Mask, then the rounds.
+        found: Objects in groups; None where nobody looked, which gives no section.
         gallery: Photos to look at.
         notes: What this run can and cannot show, in plain words, a paragraph each.
         provenance: What the run came of, in order: git commit, data set digest, model version, lineage, the
@@ -138,6 +202,7 @@ class Report:
     stages: tuple[StageSummary, ...] = ()
     curves: tuple[Curve, ...] = ()
     metric_rows: tuple[MetricRow, ...] = ()
+    found: GroupedObjects | None = None
     gallery: tuple[GalleryPhoto, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)

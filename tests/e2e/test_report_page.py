@@ -13,7 +13,17 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from freesolo.report.page import render_page
-from freesolo.report.records import Curve, GalleryLayer, GalleryPhoto, MetricRow, Report, StageSummary
+from freesolo.report.records import (
+    Curve,
+    FoundObject,
+    GalleryLayer,
+    GalleryPhoto,
+    GroupedObjects,
+    MetricRow,
+    ObjectGroup,
+    Report,
+    StageSummary,
+)
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="needs the playwright package (pip install freesolo[dev])"
@@ -59,6 +69,23 @@ def scene(number: int) -> GalleryPhoto:
     return GalleryPhoto(f"scene-{number:02d}.jpg", pixels.astype(np.uint8), tuple(layers[: 2 if number == 1 else 3]))
 
 
+def found_object(number: int, *nearest: tuple[int, float]) -> FoundObject:
+    return FoundObject(f"found-{number}.jpg", 0.5, np.full((128, 96, 3), 40 * number, np.uint8), nearest)
+
+
+def grouped_objects() -> GroupedObjects:
+    """1,240 objects in three groups, of which five are shown; the last group's photos could not be read."""
+    objects = (
+        found_object(0, (1, 0.98), (3, 0.51)),
+        found_object(1, (0, 0.98), (2, 0.7), (4, -0.05)),
+        found_object(2),  # nothing is near it
+        found_object(3, (4, 1.0)),
+        found_object(4),
+    )
+    groups = (ObjectGroup(1200, (0, 1, 2)), ObjectGroup(36, (3,)), ObjectGroup(4, ()))
+    return GroupedObjects("Pseudo-labels 1", 1240, 3, 3, groups, objects)
+
+
 def sample_report(photos: int = 11) -> Report:
     steps = tuple(range(0, 2000, 10))
     total = tuple(math.nan if step == 500 else 1 + 2 * math.exp(-step / 600) for step in steps)
@@ -79,6 +106,7 @@ def sample_report(photos: int = 11) -> Report:
             MetricRow("Free Mask", dict.fromkeys(columns) | {"Masks/AP50": 0.098, "Boxes/AP50": 0.12}),
             MetricRow("SOLO round 1", dict.fromkeys(columns) | {"Masks/AP50": 0.124, "Boxes/AP50": 0.11}),
         ),
+        found=grouped_objects(),
         gallery=tuple(scene(number) for number in range(photos)),
         notes=("It can show that the page works.", "It cannot show more."),
         provenance={"git commit": "b6d65db", "configuration": "loop:\n  steps: 2000\n"},
@@ -138,6 +166,54 @@ def status(page: Page) -> str:
 
 def visible_masks(page: Page) -> int:
     return page.locator("#photos .mask:visible").count()
+
+
+def test_groups_of_objects_are_rows_of_pictures(opened: Opened) -> None:
+    page = opened.page
+    rows = page.locator("#groups-view .group")
+    heads = rows.locator(".group-head").all_inner_texts()
+    assert [" ".join(head.split()) for head in heads] == [
+        "Group 1 1,200 objects, 97%",
+        "Group 2 36 objects, 3%",
+        "Group 3 4 objects, under 1%",
+    ]
+    assert [rows.nth(n).locator("img").count() for n in range(3)] == [3, 1, 0]
+    assert rows.nth(2).get_by_text("No photo of these could be read.").is_visible()
+    assert page.get_by_role("img", name="Object 2 of group 1, from found-1.jpg, score 0.50").is_visible()
+    decoded = "images => images.map(image => image.complete && [image.naturalHeight, image.naturalWidth])"
+    assert rows.locator("img").evaluate_all(decoded) == [[128, 96]] * 4
+    assert page.locator("#groups-view .nearest:visible").count() == 0
+    assert rows.first.get_by_role("button").count() == 2  # what has no nearest objects cannot be asked for them
+
+
+def test_an_object_shows_its_nearest_and_hides_them(opened: Opened) -> None:
+    page = opened.page
+    shown = page.locator("#groups-view .nearest:visible")
+    second = page.get_by_role("button", name="Object 2 of group 1")
+    second.click()
+    assert shown.locator("p").inner_text() == "Nearest to found-1.jpg, and how alike they are:"
+    assert shown.locator("figcaption").all_inner_texts() == ["98%", "70%", "-5%"]
+    alternatives = shown.locator("img").evaluate_all("images => images.map(image => image.alt)")
+    assert alternatives[0] == "98 percent alike, from found-0.jpg, score 0.50"
+    sources = "images => images.map(image => image.src)"
+    own = page.locator("#groups-view .group").first.locator("ul").first.locator("img").evaluate_all(sources)
+    assert shown.locator("img").evaluate_all(sources)[:2] == [own[0], own[2]]
+    assert second.get_attribute("aria-expanded") == "true"
+    page.get_by_role("button", name="Object 1 of group 2").click()  # one row at a time
+    assert shown.locator("figcaption").all_inner_texts() == ["100%"]
+    assert second.get_attribute("aria-expanded") == "false"
+    page.get_by_role("button", name="Object 1 of group 2").click()
+    assert shown.count() == 0
+
+
+def test_nearest_objects_are_found_from_the_keyboard(opened: Opened) -> None:
+    page = opened.page
+    page.get_by_role("button", name="Object 1 of group 1").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.locator("#groups-view .nearest:visible p").inner_text().startswith("Nearest to found-1.jpg")
+    page.keyboard.press("Space")
+    assert page.locator("#groups-view .nearest:visible").count() == 0
 
 
 def test_the_first_page_shows_every_label_set(opened: Opened) -> None:
@@ -423,15 +499,25 @@ def test_hostile_names_are_shown_as_they_are(browser: Browser, tmp_path: Path) -
         stages=(StageSummary(name, 1.0, {name: name}),),
         curves=(Curve(name, (0, 1), (1.0, 2.0), name, name),),
         metric_rows=(MetricRow(name, {name.replace("/", "") + "/AP": 0.1}),),
+        found=GroupedObjects(
+            name,
+            1,
+            1,
+            1,
+            (ObjectGroup(1, (0,)),),
+            (FoundObject(name, 0.5, np.zeros((4, 4, 3), np.uint8), ((0, 1.0),)),),
+        ),
         gallery=(GalleryPhoto(name, np.zeros((4, 4, 3), np.uint8), (layer,)),),
         notes=(name,),
         provenance={name: name},
     )
     url = write(report, tmp_path)
     shown = Opened(browser, url)
+    shown.page.locator("#groups-view button").click()
+    assert shown.page.locator("#groups-view strong").inner_text().replace("\n", "\u2028") == name
     assert shown.page.evaluate("window.taken") is None
     assert shown.page.locator("#photos figcaption").inner_text().replace("\n", "\u2028") == name
-    assert shown.page.locator("img").count() == 0
+    assert shown.page.locator("img").count() == shown.page.locator("#groups-view img").count() == 2
     assert shown.page.get_by_role("checkbox", name="window.taken").is_visible()
     shown.context.close()
     assert shown.complaints == []
@@ -445,6 +531,8 @@ def empty_cases() -> dict[str, Report]:
     one_pixel = GalleryPhoto("dot.png", np.zeros((1, 1, 3), np.uint8), (GalleryLayer("A", np.ones((1, 1, 1), bool)),))
     return {
         "nothing at all": Report("empty", ""),
+        "no object to group": Report("none", "", found=GroupedObjects("Free Mask", 0, 1, 0)),
+        "groups without pictures": Report("lost", "", found=GroupedObjects("A", 1, 1, 1, (ObjectGroup(1, ()),))),
         "a photo without label sets": Report("bare", "", gallery=(bare,)),
         "a photo without masks": Report("none", "", gallery=(GalleryPhoto("n.jpg", bare.pixels, (unseen,)),)),
         "a mask without pixels": Report("void", "", gallery=(GalleryPhoto("v.jpg", bare.pixels, (empty_mask,)),)),
@@ -464,6 +552,7 @@ def test_little_to_show_is_shown_without_a_complaint(browser: Browser, tmp_path:
     panels = shown.page.locator("#photos .panel:visible").count()
     shown.context.close()
     assert shown.complaints == []
+    assert ("What it found, grouped" in text) == (report.found is not None)
     assert ("Gallery" in text) == bool(report.gallery)
     assert ("Learning curves" in text) == bool(report.curves)
     assert panels == len(report.gallery)

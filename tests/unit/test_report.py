@@ -17,8 +17,19 @@ from PIL import Image
 
 from freesolo.report.chart_data import POINTS_MAX, chart_data
 from freesolo.report.gallery_data import LONG_SIDE_MAX, gallery_data
+from freesolo.report.group_data import group_data
 from freesolo.report.page import render_page
-from freesolo.report.records import Curve, GalleryLayer, GalleryPhoto, MetricRow, Report, StageSummary
+from freesolo.report.records import (
+    Curve,
+    FoundObject,
+    GalleryLayer,
+    GalleryPhoto,
+    GroupedObjects,
+    MetricRow,
+    ObjectGroup,
+    Report,
+    StageSummary,
+)
 
 HOSTILE = "<!--<script </script x></script><script>alert('x')</script> & \"quotes\" \u2028 \udcff.jpg"
 
@@ -185,6 +196,55 @@ def test_a_photos_parts_must_agree() -> None:
         photo(layer("Free Mask", 3), layer("Free Mask", 2))
 
 
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+
+def found_object(name: str = "a.jpg", nearest: tuple[tuple[int, float], ...] = ()) -> FoundObject:
+    return FoundObject(name, 0.87654, np.full((6, 8, 3), 90, np.uint8), nearest)
+
+
+def test_groups_travel_inside_the_page_each_picture_once() -> None:
+    objects = (found_object("a.jpg", ((1, 0.987), (2, -0.304))), found_object("b.jpg"), found_object("c.jpg"))
+    groups = group_data(GroupedObjects("SOLO", 9, 1, 1, (ObjectGroup(7, (0, 2)), ObjectGroup(2, (1,))), objects))
+    assert groups is not None
+    assert (groups["grouped"], groups["groups"]) == (9, [{"size": 7, "shown": [0, 2]}, {"size": 2, "shown": [1]}])
+    assert [each["nearest"] for each in groups["objects"]] == [[(1, 99), (2, -30)], [], []]
+    first = groups["objects"][0]
+    assert (first["name"], first["score"], first["width"], first["height"]) == ("a.jpg", 0.8765, 8, 6)
+    kind, _, text = first["source"].partition(",")
+    assert kind == "data:image/webp;base64"
+    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+        assert (image.format, image.size) == ("WEBP", (8, 6))
+    assert group_data(None) is None
+
+
+@pytest.mark.parametrize(("shown", "nearest"), [((1,), 0), ((0,), 1), ((-1,), 0)])
+def test_groups_name_objects_that_are_there(shown: tuple[int, ...], nearest: int) -> None:
+    with pytest.raises(ValueError, match="'SOLO' names one of 1 by no place"):
+        GroupedObjects("SOLO", 1, 1, 1, (ObjectGroup(1, shown),), (found_object(nearest=((nearest, 1.0),)),))
+
+
+def words_of(found: GroupedObjects | None) -> str:
+    return " ".join(Page(render_page(Report("r", "", found=found))).text.split())
+
+
+def test_the_page_says_what_was_grouped() -> None:
+    groups = (ObjectGroup(1200, (0,)), ObjectGroup(34, ()))
+    everything = words_of(GroupedObjects("Pseudo-labels <1>", 1234, 5, 5, groups, (found_object(),)))
+    assert "What it found, grouped 1,234 objects of Pseudo-labels <1>, gathered by k-means" in everything
+    assert "2 groups of objects" in everything
+    sampled = words_of(GroupedObjects("Free Mask", 1_000_000, 1183, 8, groups, (found_object(),)))
+    assert "1,234 of the 1,000,000 objects of Free Mask, drawn at random from 8 of its 1,183 shards, gath" in sampled
+
+
+def test_the_page_says_why_nothing_was_grouped_or_nothing_at_all() -> None:
+    assert "No objects of Free Mask to group: it has none." in words_of(GroupedObjects("Free Mask", 0, 5, 0))
+    without = words_of(GroupedObjects("Free Mask", 7, 5, 5))
+    assert "No objects of Free Mask to group: its objects have no embeddings." in without
+    assert "groups of objects" not in without
+    assert "grouped" not in words_of(None)
+
+
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +341,7 @@ def hostile_report() -> Report:
         stages=(StageSummary(name, 1.0, {name: name}),),
         curves=(Curve(name, (0, 1), (1.0, 2.0), name, name),),
         metric_rows=(MetricRow(name, {f"{name}/AP": 0.5, name.replace("/", ""): 0.5}),),
+        found=GroupedObjects(name, 1, 1, 1, (ObjectGroup(1, (0,)),), (found_object(HOSTILE, ((0, 1.0),)),)),
         gallery=(photo(GalleryLayer(name, np.ones((1, 6, 8), dtype=bool)), name=HOSTILE),),
         notes=(name,),
         provenance={name: name},
@@ -295,6 +356,7 @@ def test_names_that_look_like_markup_stay_names() -> None:
     assert "<" not in page.data  # nothing that a browser could take for an end or a comment
     data = json.loads(page.data)
     assert data["gallery"]["photos"][0]["name"] == HOSTILE
+    assert data["groups"]["objects"][0]["name"] == HOSTILE
     assert data["curves"][0]["charts"][0]["lines"][0]["name"] == HOSTILE.replace("\udcff", "")
     html.encode("utf-8")  # a name that is not UTF-8 on disk can be written all the same
 
@@ -315,6 +377,6 @@ def test_the_same_report_gives_the_same_page() -> None:
 
 
 def test_the_page_needs_no_cluster_and_no_tracker() -> None:
-    code = "import sys, freesolo.report.page; print({'ray', 'mlflow', 'fsspec', 'torch'} & set(sys.modules))"
+    code = "import sys, freesolo.report.page; print({'ray', 'mlflow', 'fsspec', 'torch', 'sklearn'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

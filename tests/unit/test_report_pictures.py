@@ -14,10 +14,15 @@ from PIL import Image
 
 from freesolo.report.outline import outline_path
 from freesolo.report.pictures import (
+    CUT_OUT_MIN,
+    INK,
+    PAPER,
     contact_sheet,
+    cut_out,
     draw_masks,
     encode_jpeg,
     encode_png,
+    encode_webp,
     instance_colours,
     shrink,
     shrink_mask,
@@ -216,3 +221,65 @@ def test_pictures_are_written_as_files() -> None:
         assert np.array_equal(np.asarray(image), picture)
     with Image.open(io.BytesIO(encode_jpeg(picture))) as image:
         assert (image.format, image.size) == ("JPEG", (16, 12))
+
+
+# --- cut-outs -------------------------------------------------------------------------------------------------------
+
+
+def red_square(height: int, width: int, top: int, left: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """A red square on blue, and its mask."""
+    mask = square(height, width, top, left, side)
+    photo = np.full((height, width, 3), (0, 0, 200), np.uint8)
+    photo[mask] = (200, 0, 0)
+    return photo, mask
+
+
+def test_an_object_is_cut_out_in_colour_with_what_is_around_it_grey() -> None:
+    # The square of 30 px is shown in one of 40: 5 px around it, which 4 times as large are 20 of 160.
+    picture = cut_out(*red_square(100, 120, 20, 50, 30), 160)
+    assert picture.shape == (160, 160, 3)
+    assert picture[80, 80].tolist() == [200, 0, 0]
+    grey = 0.6 * np.array(PAPER) + 0.4 * round(0.114 * 200)  # the brightness of that blue
+    np.testing.assert_allclose(picture[4, 80], grey, atol=1.5)
+    np.testing.assert_allclose(picture[80, 156], grey, atol=1.5)
+    rows = np.flatnonzero((picture[:, 80] == INK).all(axis=1))
+    assert (rows.min(), rows.max()) == (20, 139)  # the border's first and last row
+    assert len(rows) == 4  # two px thick
+
+
+def test_a_cut_out_ends_where_the_photo_does() -> None:
+    # 40 px around a square in the corner: moved inside. Of a photo 20 px high all of the height.
+    assert cut_out(*red_square(100, 120, 0, 90, 30), 80).shape == (80, 80, 3)
+    corner = cut_out(*red_square(100, 120, 0, 90, 30), 80)
+    assert corner[2:58, 22:78, 0].min() > 50  # the square is at the top right, ink or red
+    assert cut_out(*red_square(20, 200, 0, 0, 18), 96).shape == (80, 96, 3)  # 20 of 24 px
+    assert cut_out(np.zeros((1, 1, 3), np.uint8), np.ones((1, 1), bool), 96).shape == (96, 96, 3)
+
+
+def test_a_speck_is_shown_with_something_around_it_and_nothing_as_nothing() -> None:
+    speck = cut_out(*red_square(50, 50, 20, 20, 1), 10 * CUT_OUT_MIN)
+    # 10 px of the picture are one of the photo; the window's middle is the speck's left top corner, or near it.
+    reddish = speck[:, :, 0].astype(int) - speck[:, :, 2] > 50
+    assert 16 <= reddish.sum() <= 200
+    photo = np.full((20, 40, 3), (0, 90, 0), np.uint8)
+    empty = cut_out(photo, np.zeros((20, 40), bool), 20)
+    assert empty.shape == (10, 20, 3)
+    assert np.ptp(empty.reshape(-1, 3), axis=0).tolist() == [0, 0, 0]
+
+
+def test_a_line_too_thin_for_the_picture_is_seen_all_the_same() -> None:
+    mask = np.zeros((400, 400), bool)
+    mask[200, :] = True
+    photo = np.full((400, 400, 3), (0, 0, 200), np.uint8)
+    photo[mask] = (250, 0, 0)
+    thin = cut_out(photo, mask, 40)
+    faint = cut_out(photo, np.zeros_like(mask), 40)
+    assert np.abs(thin.astype(int) - faint).max() > 60
+
+
+def test_a_small_picture_is_a_small_webp() -> None:
+    picture = cut_out(*red_square(100, 120, 20, 50, 30), 128)
+    with Image.open(io.BytesIO(encode_webp(picture))) as image:
+        assert (image.format, image.size) == ("WEBP", (128, 128))
+        assert np.abs(np.asarray(image.convert("RGB")).astype(int) - picture).mean() < 5
+    assert len(encode_webp(picture)) < len(encode_jpeg(picture))
