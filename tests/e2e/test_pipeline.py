@@ -72,7 +72,7 @@ def test_the_demo_ends_with_a_page_and_registered_models(demo: tuple[dict[str, A
     assert outputs["SOLO round 1"] == "models:/freesolo-smoke/2"
     assert str(path) == outputs["report"]
     page = path.read_text()
-    for text in ("Free Mask", "SOLO on Free Masks", "SOLO round 1", "Annotations", "CorLoc"):
+    for text in ("Free Mask", "SOLO on Free Masks", "SOLO round 1", "Annotations", "CorLoc", "What it found, grouped"):
         assert text in page
     assert finished["metrics"]["Free_Mask/images"] == 8
     assert 0 <= finished["metrics"]["SOLO_round_1/segm/AP50"] <= 1

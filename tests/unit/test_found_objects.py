@@ -43,17 +43,18 @@ def png(colour: int) -> bytes:
 
 
 def labelled(number: int, colours: Sequence[int], *, channels: int = 3) -> ImageLabels:
-    """A photo's objects, all of them its square, with embeddings of these colours: 0, 1 or 2."""
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-    mask[10:30, 15:35] = 1
-    rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask))
+    """A photo's objects with embeddings of these colours, 0, 1 or 2: its square, all but 4 rows of it, ..."""
     instances = []
     for place, colour in enumerate(colours):
+        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+        mask[10 : 30 - 4 * place, 15:35] = 1
+        rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(mask))
+        box = (15.0, 10.0, 20.0, 20.0 - 4 * place)
         embedding = np.zeros(channels, np.float16)
         if channels:
             embedding[colour] = 1
             embedding[(colour + 1) % 3] = (number + place / 10) / SHADES
-        instances.append(LabelledInstance(0, rle, (15.0, 10.0, 20.0, 20.0), 0.5, 0, embedding))
+        instances.append(LabelledInstance(0, rle, box, 0.5, 0, embedding))
     return ImageLabels(f"{number:03d}", number, f"{number}.png", WIDTH, HEIGHT, None, tuple(instances))
 
 
@@ -164,16 +165,22 @@ def test_of_a_large_label_set_a_sample_is_read(
 
 
 def test_a_photo_is_decoded_once_and_reading_ends_with_the_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The shard is cut off in its fourth photo, which nobody notices: the third is the last with an object."""
     decoded: list[bytes] = []
     decode_photo = found_objects.decode_photo
     monkeypatch.setattr(
         found_objects, "decode_photo", lambda data, **options: decoded.append(data) or decode_photo(data, **options)
     )
-    write(tmp_path, [[0, 0, 1], [], [2], [], []], broken=[4])
-    assert [each.size for each in group(tmp_path).groups] == [2, 1, 1]
+    write(tmp_path, [[0, 0, 1], [], [2], [], []])
+    shard = tmp_path / "photos" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:7000])
+    found = group(tmp_path)
+    assert [each.size for each in found.groups] == [2, 1, 1]
     assert len(decoded) == 2
+    assert len({each.picture.tobytes() for each in found.objects}) == 4  # each of its own mask
+    assert caplog.text == ""
 
 
 def test_what_cannot_be_read_has_no_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
