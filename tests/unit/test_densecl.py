@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from freesolo.config import PretrainJob, load_config
 from freesolo.densecl.loss import dense_loss, info_nce, match_cells
 from freesolo.densecl.model import DenseCL
 from freesolo.errors import UsageError
@@ -15,6 +17,7 @@ from freesolo.settings import DenseCLModelSettings
 from freesolo.types import ViewPair
 
 QUEUES = ("global_queue", "dense_queue")
+MOCO_V2 = Path(__file__).parents[2] / "configs" / "pretrain" / "moco_v2_r50.yaml"
 
 
 def settings(**changes: object) -> DenseCLModelSettings:
@@ -218,6 +221,30 @@ def test_without_the_dense_loss_it_is_moco():
             assert parameter.grad.abs().sum() == 0
         else:
             assert torch.allclose(parameter.grad, reference.query.get_parameter(name).grad, atol=1e-7), name
+
+
+def _must_not_run(*arguments: object) -> None:
+    raise AssertionError("the dense loss is computed, and would be multiplied by zero")
+
+
+def test_moco_v2_is_a_configuration_that_computes_no_dense_loss(monkeypatch: pytest.MonkeyPatch):
+    small = [f"pretrain.model.{name}={value}" for name, value in settings().model_dump().items() if value is not None]
+    small = [override for override in small if "dense_loss" not in override]  # as the configuration has it
+    job = load_config(PretrainJob, MOCO_V2, [*small, "pretrain.loop.batch_size=4", "resources.workers=4"])
+    network = DenseCL(job.pretrain.model).initialise(torch.Generator().manual_seed(0))
+    before = network.query.neck.global_head[0].weight.clone()
+    optimizer = torch.optim.SGD(network.query.parameters(), lr=0.03)
+    monkeypatch.setattr("freesolo.densecl.model.match_cells", _must_not_run)
+    monkeypatch.setattr("freesolo.densecl.model.dense_loss", _must_not_run)
+    for step in range(2):
+        sum(network(views(seed=step), step).values()).backward()
+        optimizer.step()
+    assert not torch.equal(network.query.neck.global_head[0].weight, before)
+    monkeypatch.undo()
+    monkeypatch.setattr("freesolo.densecl.model.dense_loss", _must_not_run)
+    model(dense_loss_warmup_steps=3)(views(), 2)  # nor is it before it begins
+    with pytest.raises(AssertionError, match="multiplied by zero"):
+        model(dense_loss_warmup_steps=3)(views(), 3)
 
 
 # --- queues -------------------------------------------------------------------------------------------------------
