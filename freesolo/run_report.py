@@ -80,15 +80,15 @@ def _curves(name: str, folder: StageFolder) -> list[Curve]:
     points: dict[str, list[tuple[int, float]]] = {}
     for entry in read_journal(folder.url):
         for metric, value in entry.metrics.items():
-            if metric == "loss" or metric.startswith("loss/") or metric in _CHARTS:
+            if metric == "loss" or metric.startswith(("loss/", "probe/")) or metric in _CHARTS:
                 points.setdefault(metric, []).append((entry.step, value))
     return [
         Curve(
-            name=metric.removeprefix("loss/") if metric != "loss" else "sum",
+            name=metric.rpartition("/")[2] if metric != "loss" else "sum",
             steps=tuple(step for step, _ in values),
             values=tuple(value for _, value in values),
             stage=name,
-            chart=_CHARTS.get(metric, "Losses"),
+            chart="Frozen features" if metric.startswith("probe/") else _CHARTS.get(metric, "Losses"),
         )
         for metric, values in points.items()
     ]

@@ -128,7 +128,7 @@ class LoopSettings(Settings):
     log_every: Positive = 10
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2  # the last ones; the best one is kept too
-    overlay_every: NonNegative = 0  # steps between pictures of sample predictions; 0: none
+    overlay_every: NonNegative = 0  # steps between looks: SOLO's predictions, pre-training's probe; 0: none
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 autocast on a GPU
     record_samples: bool = False  # write down which image ids each step used, for audits
@@ -185,11 +185,24 @@ class ViewSettings(ColourSettings):
     flip_probability: Fraction = 0.5
 
 
+class ProbeSettings(Settings):
+    """What a pre-training is looked at by every `loop.overlay_every` steps: features, in numbers and in a picture.
+
+    Worker 0 looks while the others wait: at R50 and 224 px, 256 photos and their objects are a thousand crops, a second
+    or two on a GPU, minutes on a CPU, and 150 MB of its memory.
+    """
+
+    dataset: Url | None = None  # whose first photos are looked at, best held-out ones; None: those trained on
+    photos: NonNegative = 256  # 0: no look
+    picture_size: Positive = 448  # side of the few photos in the picture, in px; a cell of their maps is 32
+
+
 class PretrainSettings(Settings):
     """One DenseCL pre-training."""
 
     model: DenseCLModelSettings = DenseCLModelSettings()
     views: ViewSettings = ViewSettings()
+    probe: ProbeSettings = ProbeSettings()
     optimizer: OptimizerSettings = OptimizerSettings(learning_rate=0.3, schedule="cosine")
     loop: LoopSettings
     stream: StreamSettings = StreamSettings()

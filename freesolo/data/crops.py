@@ -27,16 +27,23 @@ def random_resized_crop(
         The crop, resized bilinearly with antialiasing. Where no such part fits (a very long image), the largest
         part in the middle whose ratio is allowed.
     """
-    top, left, height, width = _random_crop(image.shape[0], image.shape[1], scale, rng)
+    return cut(image, random_box(image.shape[0], image.shape[1], scale, rng), size)
+
+
+def cut(
+    image: UInt8[np.ndarray, "H W 3"], box_xywh: tuple[int, int, int, int], size: int
+) -> UInt8[np.ndarray, "S S 3"]:
+    """A part of an image, not empty, resized to a square of `size` px, bilinearly with antialiasing."""
+    left, top, width, height = box_xywh
     # Cut before resizing: Pillow's `box` would let pixels just outside it shine in.
     crop = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
     return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def _random_crop(
+def random_box(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a part of an image."""
+    """The box, xywh in px, of the part of an image that `random_resized_crop` takes."""
     low, high = _ASPECT_RATIOS
     for _ in range(_ATTEMPTS):
         area = height * width * rng.uniform(*scale)
@@ -44,7 +51,7 @@ def _random_crop(
         crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top, left = rng.integers(height - crop_height + 1), rng.integers(width - crop_width + 1)
-            return int(top), int(left), crop_height, crop_width
+            return int(left), int(top), crop_width, crop_height
     crop_width = min(width, max(1, round(height * high)))
     crop_height = min(height, max(1, round(width / low)))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height

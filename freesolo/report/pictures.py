@@ -23,6 +23,9 @@ FADED = 0.6
 CUT_OUT_MIN = 8
 """Pixels of a photo across a cut-out, at least: a speck is shown with something around it."""
 
+# From the least to the greatest of a map: dark to bright, so that it reads in grey too.
+_HEAT = ((20, 12, 60), (110, 28, 110), (205, 60, 80), (248, 150, 40), (252, 245, 165))
+
 
 def instance_colours(count: int) -> UInt8[np.ndarray, "count 3"]:
     """Distinct colours, the same ones each time: hues a golden angle apart, in three strengths."""
@@ -63,6 +66,44 @@ def draw_masks(
     for n in largest_first:
         if areas[n]:
             _write_score(canvas, masks[n], float(scores[n]), tuple(int(c) for c in colours[n]))
+    return np.asarray(canvas).copy()
+
+
+def draw_similarity(
+    photo: UInt8[np.ndarray, "H W 3"], similarity: Float[np.ndarray, "h w"], *, opacity: float = 0.7
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A photo in grey under a map of its cells: from its least value, dark violet, to its greatest, light yellow.
+
+    So is a Free Mask's soft mask scaled (arXiv:2202.12181 sec. 3.1); a map that is the same everywhere is dark.
+
+    Args:
+        photo: RGB.
+        similarity: Of each cell of the photo to some point, of any scale; enlarged bilinearly.
+        opacity: Of the map, in [0, 1].
+    """
+    height, width = photo.shape[:2]
+    shifted = similarity.astype(np.float32) - similarity.min()
+    share = shifted / max(float(shifted.max()), 1e-12)
+    smooth = np.asarray(Image.fromarray(share).resize((width, height), Image.Resampling.BILINEAR))
+    steps = np.linspace(0, 1, len(_HEAT))
+    heat = np.stack([np.interp(smooth, steps, channel) for channel in np.transpose(_HEAT)], axis=2)
+    grey = np.asarray(Image.fromarray(photo).convert("L"))[:, :, None]
+    return np.round((1 - opacity) * grey + opacity * heat).astype(np.uint8)
+
+
+def draw_point(photo: UInt8[np.ndarray, "H W 3"], point: tuple[float, float]) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture with a ring around a point.
+
+    Args:
+        photo: RGB.
+        point: `x` and `y`, as shares of width and height.
+    """
+    canvas = Image.fromarray(photo)
+    x, y = point[0] * canvas.width, point[1] * canvas.height
+    radius = min(canvas.size) / 28
+    pen = ImageDraw.Draw(canvas)
+    for outer, colour in ((radius, (255, 255, 255)), (radius * 0.75, (0, 0, 0)), (radius * 0.5, (60, 220, 255))):
+        pen.ellipse((x - outer, y - outer, x + outer, y + outer), fill=colour)
     return np.asarray(canvas).copy()
 
 

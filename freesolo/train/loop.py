@@ -63,8 +63,8 @@ class Recorder(Protocol):
     def samples(self, step: int, image_ids: tuple[int, ...]) -> None:
         """Which samples a step of this worker used."""
 
-    def picture(self, step: int, batch: Any) -> None:
-        """Time to look at predictions on a batch."""
+    def look(self, step: int, batch: Any) -> None:
+        """Time to look at what the model makes of photos, a batch for example."""
 
     def calls(self) -> bool:
         """Whether this worker has heard of something that all must decide on together."""
@@ -93,7 +93,7 @@ def train(
         stream: The batches.
         settings: How long, how often.
         optimizer_settings: The learning rate's schedule and clipping.
-        recorder: Is told of metrics, pictures and checkpoints.
+        recorder: Is told of metrics, looks and checkpoints.
         progress: Where to go on from; None: the start.
         max_bad_samples: Share of samples that may be unusable.
 
@@ -136,7 +136,7 @@ def train(
         if done % settings.log_every == 0 or last:
             recorder.metrics(done, {**tally.means(), "learning_rate": rate, "gradient_norm": float(gradient_norm)})
         if settings.overlay_every and (done % settings.overlay_every == 0 or last):
-            recorder.picture(done, inputs)
+            recorder.look(done, inputs)
         if done % settings.checkpoint_every == 0 or last or decision != "go on":
             _check_weights(learner, done)
             seen = advance(progress.stream, done - progress.step, stream.samples, settings.batch_size, workers)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,18 +16,23 @@ from freesolo.config import PretrainJob
 from freesolo.data.collate import collate_crops
 from freesolo.data.ingest import TrainingStream
 from freesolo.data.order import Order
+from freesolo.data.probe_photos import read_probe_photos
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest
 from freesolo.data.views import ContrastiveView
 from freesolo.densecl.model import DenseCL
 from freesolo.models.model_file import save_model
 from freesolo.models.resnet import build_resnet
 from freesolo.models.weights import backbone_state_dict, load_backbone
+from freesolo.ops.collectives import rank
 from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.witness import TrackedRun
 from freesolo.train.initial import InitialWeights, SharedWeights, read_initial_weights
 from freesolo.train.learner import Learner
+from freesolo.train.probe import Probe
 from freesolo.train.tasks import DenseCLTraining
-from freesolo.train.worker import Training, TrainingPlan, run_training
+from freesolo.train.worker import Look, Training, TrainingPlan, run_training
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +42,12 @@ class PretrainInputs:
     Attributes:
         manifest: Of the data set.
         weights: To start from; None: random ones.
+        probed: Of the data set whose photos the training is looked at by.
     """
 
     manifest: DatasetManifest
     weights: InitialWeights | None
+    probed: DatasetManifest
 
 
 def pretrain_inputs(job: PretrainJob, storage: str) -> PretrainInputs:
@@ -55,7 +65,8 @@ def pretrain_inputs(job: PretrainJob, storage: str) -> PretrainInputs:
     weights = read_initial_weights(settings.backbone_weights, job.tracking, storage)
     if weights is not None:
         load_backbone(build_resnet(settings.backbone), weights.tensors, source=weights.reference)
-    return PretrainInputs(manifest, weights)
+    probe_url = job.pretrain.probe.dataset
+    return PretrainInputs(manifest, weights, manifest if probe_url is None else read_dataset_manifest(probe_url))
 
 
 def pretrain(job: PretrainJob, inputs: PretrainInputs, folder: StageFolder, tracked: TrackedRun) -> StageResult:
@@ -76,7 +87,7 @@ def pretrain(job: PretrainJob, inputs: PretrainInputs, folder: StageFolder, trac
     """
     started = time.monotonic()
     weights = inputs.weights.share() if inputs.weights is not None else None
-    build = partial(_build, job, inputs.manifest, weights)
+    build = partial(_build, job, inputs.manifest, inputs.probed, weights)
     plan = TrainingPlan(folder, job, job.pretrain.loop, tracked, build)
     metrics = run_training(plan, job.resources)
     return StageResult(
@@ -89,7 +100,11 @@ def pretrain(job: PretrainJob, inputs: PretrainInputs, folder: StageFolder, trac
 
 
 def _build(
-    job: PretrainJob, manifest: DatasetManifest, weights: SharedWeights | None, device: torch.device
+    job: PretrainJob,
+    manifest: DatasetManifest,
+    probed: DatasetManifest,
+    weights: SharedWeights | None,
+    device: torch.device,
 ) -> Training:
     """In a train worker: the model, its optimiser and its stream."""
     settings = job.pretrain
@@ -120,7 +135,21 @@ def _build(
         stream=stream,
         optimizer=settings.optimizer,
         save_model=partial(_save_backbone, job, manifest),
+        look=_look(job, probed),
     )
+
+
+def _look(job: PretrainJob, probed: DatasetManifest) -> Callable[[Learner, Any], Look] | None:
+    """The probe, on worker 0; None where nothing is to be looked at, or no photo could be read to look by."""
+    settings = job.pretrain
+    if rank() > 0 or not settings.loop.overlay_every or not settings.probe.photos:
+        return None
+    url, seed = settings.probe.dataset or job.dataset, settings.loop.seed
+    photos = read_probe_photos(url, probed, settings.probe, settings.views, bounds=job.bounds, seed=seed)
+    if len(photos) == 0:
+        _LOG.warning("%s: no photo can be read to look at the training by: it goes on unseen", url)
+        return None
+    return Probe(photos, settings.views, seed).look
 
 
 def _save_backbone(job: PretrainJob, manifest: DatasetManifest, learner: Learner, path: Path) -> None:

@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import UInt8
 
 from freesolo.config import TrainJob
 from freesolo.data.collate import collate_photos
@@ -33,7 +31,7 @@ from freesolo.tracking.witness import TrackedRun
 from freesolo.train.initial import InitialWeights, SharedWeights, read_initial_weights
 from freesolo.train.learner import Learner
 from freesolo.train.tasks import SoloTraining
-from freesolo.train.worker import Training, TrainingPlan, run_training
+from freesolo.train.worker import Look, Training, TrainingPlan, run_training
 from freesolo.types import SegmentationBatch
 
 PICTURED_IMAGES = 8
@@ -182,7 +180,7 @@ def _build(
         stream=stream,
         optimizer=settings.optimizer,
         save_model=partial(_save_segmenter, job, manifest, labels),
-        picture=partial(_picture, job),
+        look=partial(_look, job),
     )
 
 
@@ -231,7 +229,7 @@ def _save_segmenter(
 
 
 @torch.no_grad()
-def _picture(job: TrainJob, learner: Learner, views: tuple[SegmentationBatch, ...]) -> UInt8[np.ndarray, "H W 3"]:
+def _look(job: TrainJob, learner: Learner, views: tuple[SegmentationBatch, ...]) -> Look:
     """The first photos of the weak view: above the labels that it is trained on, below what it predicts."""
     module = learner.task.module
     assert isinstance(module, SoloTask)
@@ -251,4 +249,4 @@ def _picture(job: TrainJob, learner: Learner, views: tuple[SegmentationBatch, ..
         coarse = labels.of_image(image).masks[:, :height, :width]
         trained_on.append(draw_masks(photo, coarse.cpu().numpy()))
         predicted.append(draw_masks(photo, found[image].masks.cpu().numpy(), found[image].scores.cpu().numpy()))
-    return contact_sheet([*trained_on, *predicted], columns=count)
+    return Look({}, {"predictions": contact_sheet([*trained_on, *predicted], columns=count)})

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -62,6 +62,19 @@ SECONDS_BETWEEN_LOOKS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """What is seen of a training at a step, beside its losses.
+
+    Attributes:
+        metrics: For the journal.
+        pictures: RGB by name; the names are the same at each look.
+    """
+
+    metrics: Mapping[str, float]
+    pictures: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
 class Training:
     """What a worker trains, built in its own process.
 
@@ -70,14 +83,15 @@ class Training:
         stream: Its batches.
         optimizer: The schedule.
         save_model: Writes the trained model as a model file.
-        picture: RGB of sample predictions on a batch's inputs; None: nothing to see.
+        look: What is to be seen now, a batch's inputs at hand; on worker 0 alone, which the others wait for. None:
+            nothing.
     """
 
     learner: Learner
     stream: TrainingStream[Any, Any]
     optimizer: OptimizerSettings
     save_model: Callable[[Learner, Path], None]
-    picture: Callable[[Learner, Any], np.ndarray] | None = None
+    look: Callable[[Learner, Any], Look] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,9 +352,12 @@ class _RunRecorder:
         if self._plan.loop.record_samples:
             self._samples.append((step, image_ids))
 
-    def picture(self, step: int, inputs: Any) -> None:
-        if self._leads and self._training.picture is not None:
-            self._witness.picture("predictions", self._training.picture(self._training.learner, inputs), step)
+    def look(self, step: int, inputs: Any) -> None:
+        if self._leads and self._training.look is not None:
+            look = self._training.look(self._training.learner, inputs)
+            self._journal.append(step, look.metrics)
+            for name, picture in look.pictures.items():
+                self._witness.picture(name, picture, step)
 
     def calls(self) -> bool:
         """Worker 0 calls all to look up when the driver wants to stop, and every few seconds to see who must go."""

@@ -157,7 +157,7 @@ class Kept:
     def samples(self, step: int, image_ids: tuple[int, ...]) -> None:
         return
 
-    def picture(self, step: int, batch: Any) -> None:
+    def look(self, step: int, batch: Any) -> None:
         return
 
     def calls(self) -> bool:

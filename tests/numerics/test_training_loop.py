@@ -8,19 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed, nn
 
 from freesolo.config import PackJob
+from freesolo.data.collate import CropPair
 from freesolo.data.order import Order, StreamState, worker_spans
+from freesolo.data.probe_photos import PicturedPhoto, ProbePhotos
+from freesolo.densecl.model import DenseCL
 from freesolo.errors import JobError, StoppedError, UsageError
 from freesolo.ops.collectives import rank
-from freesolo.settings import LoopSettings, LossSettings, OptimizerSettings
+from freesolo.settings import DenseCLModelSettings, LoopSettings, LossSettings, OptimizerSettings, ViewSettings
 from freesolo.solo.task import SoloTask, concatenate
 from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
+from freesolo.train.probe import Probe
+from freesolo.train.tasks import DenseCLTraining
+from freesolo.train.worker import Look
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 from tests.small import small_solo
 from tests.workers import on_workers
@@ -57,10 +64,15 @@ def sample(number: int) -> SegmentationBatch:
     return SegmentationBatch(ImageBatch(pixels, torch.tensor([[SIZE, SIZE]]), (number,)), instances)
 
 
+def segmentation_batch(numbers: list[int]) -> SegmentationBatch:
+    return concatenate([sample(number) for number in numbers])
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A stream over drawn photos, in the order that `data.order` gives, without Ray."""
 
+    content: Callable[[list[int]], Any] = field(default=segmentation_batch, kw_only=True)
     accumulation_steps: int = 1
     bad_at_step: int | None = None
     ends: tuple[int, int] | None = None  # on this worker before this batch
@@ -77,9 +89,8 @@ class Drawn:
         for start in range(0, len(numbers), count):
             if self.ends == (worker, start // count):
                 raise UsageError("shard-000001.tar: access denied")
-            samples = [sample(number) for number in numbers[start : start + count]]
             bad = (_Bad(),) if start == self.bad_at_step else ()
-            yield _Batch(concatenate(samples), bad)
+            yield _Batch(self.content(numbers[start : start + count]), bad)
 
     def _numbers(self, order: Order, piece: Any) -> list[int]:
         members = [n for shard in piece.window.shards for n in (range(4) if shard == 0 else range(4, 10))]
@@ -94,7 +105,7 @@ class _Bad:
 
 @dataclass(frozen=True)
 class _Batch:
-    content: SegmentationBatch
+    content: Any
     bad: tuple[_Bad, ...] = ()
 
 
@@ -144,7 +155,7 @@ class Kept:
     def samples(self, step: int, image_ids: tuple[int, ...]) -> None:
         self.ids_of.setdefault(step, []).extend(image_ids)
 
-    def picture(self, step: int, inputs: Any) -> None:
+    def look(self, step: int, inputs: Any) -> None:
         return
 
     def checkpoint(self, progress: Progress) -> None:
@@ -263,6 +274,72 @@ def test_two_workers_resume_as_if_uninterrupted_and_stop_together(tmp_path: Path
     for name, value in first.items():
         if "running" not in name:
             assert torch.equal(value, second[name]), name
+
+
+def crop_pair(numbers: list[int]) -> CropPair:
+    pixels = torch.cat([sample(number).images.pixels for number in numbers])
+    return CropPair(pixels[..., :32, :32], pixels[..., 16:48, 16:48], tuple(numbers))
+
+
+@dataclass
+class Looking(Kept):
+    """Looks when it is time to."""
+
+    probe: Probe | None = None
+    looks: dict[int, Look] = field(default_factory=dict)
+
+    def look(self, step: int, inputs: Any) -> None:
+        if self.probe is not None:
+            self.looks[step] = self.probe.look(self.learner, inputs)
+
+
+def pretraining_learner(loop: LoopSettings, seed: int = 0) -> Learner:
+    model = DenseCL(
+        DenseCLModelSettings(backbone="resnet18", hidden_channels=16, projection_channels=8, queue_length=8)
+    )
+    model.initialise(torch.Generator().manual_seed(seed))
+    return Learner(DenseCLTraining(model, ViewSettings(size=32)), loop, OPTIMIZER, torch.device("cpu"))
+
+
+def some_photos() -> ProbePhotos:
+    pixels = np.stack([sample(number).images.pixels[0].permute(1, 2, 0).numpy() for number in range(20, 26)])
+    left, right = (np.tile(np.array([x, 8, 32, 32], np.float32), (6, 1)) for x in (0, 16))
+    return ProbePhotos(
+        query=pixels[:, 8:40, :32],
+        key=pixels[:, 8:40, 16:48],
+        query_boxes_xywh=left,
+        key_boxes_xywh=right,
+        objects=pixels[:, :32, :32],
+        categories=np.arange(6) % 2,
+        photos=np.arange(6),
+        pictured=(PicturedPhoto("photo", pixels[0], ((0.4, 0.5), (0.9, 0.5))),),
+    )
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_training_that_is_looked_at_has_the_bits_of_one_that_is_not(tmp_path: Path, ema_decay: float | None) -> None:
+    """Uninterrupted or resumed: and after a resume the same is seen."""
+    loop = settings(overlay_every=2, ema_decay=ema_decay)
+    probe = Probe(some_photos(), ViewSettings(size=32), seed=0)
+    unseen = pretraining_learner(loop)
+    train(unseen, Drawn(content=crop_pair), loop, OPTIMIZER, Kept(unseen))
+    whole = pretraining_learner(loop)
+    kept = Looking(whole, tmp_path, probe=probe)
+    train(whole, Drawn(content=crop_pair), loop, OPTIMIZER, kept)
+    resumed = pretraining_learner(loop, seed=99)
+    seen_again = Looking(resumed, probe=probe)
+    progress = load_checkpoint(tmp_path / "3", resumed)
+    train(resumed, Drawn(content=crop_pair), loop, OPTIMIZER, seen_again, progress=progress)
+
+    for name, value in weights(unseen).items():
+        assert torch.equal(value, weights(whole)[name]), name
+        assert torch.equal(value, weights(resumed)[name]), name
+    assert list(kept.looks) == [2, 4, 6]
+    assert list(seen_again.looks) == [4, 6]
+    for step, look in seen_again.looks.items():
+        assert look.metrics == kept.looks[step].metrics
+        assert np.array_equal(look.pictures["similarity"], kept.looks[step].pictures["similarity"])
+    assert not np.array_equal(kept.looks[2].pictures["similarity"], kept.looks[6].pictures["similarity"])
 
 
 def test_each_sample_is_used_once_an_epoch() -> None:
