@@ -356,6 +356,7 @@ class _RunRecorder:
         if self._leads and self._training.look is not None:
             look = self._training.look(self._training.learner, inputs)
             self._journal.append(step, look.metrics)
+            self.last_metrics = {**self.last_metrics, **look.metrics}
             for name, picture in look.pictures.items():
                 self._witness.picture(name, picture, step)
 

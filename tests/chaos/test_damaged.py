@@ -23,6 +23,7 @@ from freesolo.data.documents import canonical_digest
 from freesolo.data.labels import read_label_manifest
 from freesolo.data.shards import read_dataset_manifest, read_shard, write_dataset_manifest, write_shard
 from freesolo.models.download import sha256_of_file
+from freesolo.tracking.journal import read_journal
 from tests.chaos.jobs import SHARDS, Ended, Place, Run
 from tests.chaos.record import FOLDER, Row, record
 from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
@@ -142,8 +143,8 @@ def counted(place: Place, job: str, ended: Ended) -> int:
     if job == "extract":
         count = ended.result["counts"]["unreadable"]
     else:
-        journal = Path(place.root, "runs", "allowing", job, "metrics.jsonl").read_text().splitlines()
-        count = int(json.loads(journal[-1])["metrics"]["bad_samples"])
+        journal = read_journal(f"{place.root}/runs/allowing/{job}")
+        count = int(max(entry.metrics.get("bad_samples", 0) for entry in journal))
     assert count > 0
     return count
 

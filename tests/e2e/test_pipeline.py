@@ -74,6 +74,7 @@ def test_the_demo_ends_with_a_page_and_registered_models(demo: tuple[dict[str, A
     page = path.read_text()
     for text in ("Free Mask", "SOLO on Free Masks", "SOLO round 1", "Annotations", "CorLoc", "What it found, grouped"):
         assert text in page
+    assert "Frozen features" in page
     assert finished["metrics"]["Free_Mask/images"] == 8
     assert 0 <= finished["metrics"]["SOLO_round_1/segm/AP50"] <= 1
 
@@ -101,6 +102,10 @@ def test_mlflow_has_the_run_its_stages_and_their_models(folder: Path, finished: 
     trained = runs["solo-r1"].info.run_id
     assert len(client.get_metric_history(trained, "loss")) == 4
     assert any(file.path.endswith(".png") for file in client.list_artifacts(trained, "images")), "no overlays"
+    pretrained = runs["pretrain"].info.run_id
+    assert [metric.step for metric in client.get_metric_history(pretrained, "probe/retrieval_top1")] == [2, 4]
+    maps = [file.path for file in client.list_artifacts(pretrained, "images") if file.path.endswith(".png")]
+    assert any("similarity" in path for path in maps), "no similarity maps"
     versions = client.search_model_versions("name = 'freesolo-smoke'")
     assert {version.run_id for version in versions} == {runs["solo-r0"].info.run_id, trained}
     assert set(client.get_registered_model("freesolo-smoke").aliases) == {"candidate", "champion"}

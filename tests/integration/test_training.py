@@ -45,7 +45,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "data")
 
 
-def pretrain_job(dataset: str, *, steps: int, workers: int, **loop: object) -> PretrainJob:
+def pretrain_job(
+    dataset: str, *, steps: int, workers: int, probe: dict[str, object] | None = None, **loop: object
+) -> PretrainJob:
     raw = {
         "dataset": dataset,
         "resources": {"workers": workers},
@@ -58,6 +60,7 @@ def pretrain_job(dataset: str, *, steps: int, workers: int, **loop: object) -> P
                 "queue_length": 64,
             },
             "views": {"size": 32},
+            "probe": probe or {},
             "optimizer": {"learning_rate": 0.01},
             "loop": {"steps": steps, "batch_size": 8, "log_every": 1, "record_samples": True, **loop},
         },
@@ -157,6 +160,30 @@ def test_a_killed_worker_costs_no_sample_repeats_none_and_changes_no_bit(scenes:
     assert pretrain_stage(job, stage) == result, "a finished stage is not done again"
     with pytest.raises(UsageError, match=r"pretrain.loop.steps: 18, now 19"):
         pretrain_stage(pretrain_job(scenes, steps=19, workers=2, checkpoint_every=2), stage)
+
+
+def test_a_training_is_looked_at_and_has_the_bits_of_one_that_is_not(scenes: str, tmp_path: Path) -> None:
+    """By worker 0 of two, while the other waits; in the journal beside the losses of the same steps."""
+    plain = pretrain_job(scenes, steps=5, workers=2)
+    seen = pretrain_job(scenes, steps=5, workers=2, overlay_every=2, probe={"photos": 6, "picture_size": 64})
+    stages = [StageFolder(str(tmp_path), name, "pretrain") for name in ("plain", "seen")]
+    models = []
+    for job, stage in zip((plain, seen), stages, strict=True):
+        result = pretrain_stage(job, stage)
+        models.append(load_model(Path(result.outputs["model"]), "backbone").state_dict)
+    for name, tensor in models[0].items():
+        assert torch.equal(tensor, models[1][name]), name
+    entries = read_journal(stages[1].url)
+    looks = [entry for entry in entries if any(name.startswith("probe/") for name in entry.metrics)]
+    assert [entry.step for entry in looks] == [2, 4, 5]
+    assert set(looks[0].metrics) == {"probe/retrieval_top1", "probe/cells_top1"}  # one category: no k-NN
+    assert [entry.step for entry in entries if "loss" in entry.metrics] == [1, 2, 3, 4, 5]
+
+
+def test_a_probe_without_a_data_set_is_refused_at_once(scenes: str, tmp_path: Path) -> None:
+    job = pretrain_job(scenes, steps=1, workers=1, probe={"dataset": str(tmp_path / "nothing")})
+    with pytest.raises(UsageError, match="nothing: no data set there"):
+        pretrain_stage(job, StageFolder(str(tmp_path), "run", "pretrain"))
 
 
 @pytest.mark.slow

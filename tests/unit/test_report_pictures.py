@@ -20,6 +20,8 @@ from freesolo.report.pictures import (
     contact_sheet,
     cut_out,
     draw_masks,
+    draw_point,
+    draw_similarity,
     encode_jpeg,
     encode_png,
     encode_webp,
@@ -283,3 +285,33 @@ def test_a_small_picture_is_a_small_webp() -> None:
         assert (image.format, image.size) == ("WEBP", (128, 128))
         assert np.abs(np.asarray(image.convert("RGB")).astype(int) - picture).mean() < 5
     assert len(encode_webp(picture)) < len(encode_jpeg(picture))
+
+
+# --- maps of similarity -------------------------------------------------------------------------------------------
+
+
+def test_a_map_is_brightest_where_it_is_greatest_whatever_its_scale():
+    similarity = np.array([[0.125, 0.25], [0.375, 1.0]], dtype=np.float32)  # exact, and so is half of each
+    drawn = draw_similarity(gray_photo(8, 8), similarity)
+    brightness = drawn.sum(axis=2)
+    assert drawn.shape == (8, 8, 3)
+    assert np.unravel_index(brightness.argmax(), brightness.shape)[0] >= 4
+    assert brightness[7, 7] > brightness[7, 0] > brightness[0, 7] > brightness[0, 0]
+    assert np.array_equal(drawn, draw_similarity(gray_photo(8, 8), similarity * 0.5 + 0.25))
+
+
+def test_a_flat_map_and_a_map_of_one_cell_are_dark():
+    flat = draw_similarity(gray_photo(), np.full((3, 4), 0.7, dtype=np.float32))
+    assert np.array_equal(flat, draw_similarity(gray_photo(), np.ones((1, 1), dtype=np.float32)))
+    assert len(np.unique(flat.reshape(-1, 3), axis=0)) == 1
+    assert flat.mean() < 100
+
+
+def test_a_point_is_drawn_where_it_is_on_a_copy():
+    photo = gray_photo(100, 200)
+    drawn = draw_point(photo, (0.25, 0.5))
+    assert (photo == 100).all()
+    rows, columns = np.nonzero((drawn != photo).any(axis=2))
+    assert rows.mean() == pytest.approx(50, abs=0.5)
+    assert columns.mean() == pytest.approx(50, abs=0.5)
+    assert np.ptp(rows) < 10
