@@ -123,22 +123,32 @@ class Head(nn.Module, ABC, Generic[Said]):
 def append_coordinates(features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C+2 H W"]:
     """Append x, then y, each from -1 at the first pixel's centre to 1 at the last one's (arXiv:1807.03247)."""
     batch, _, height, width = features.shape
-    y = torch.linspace(-1, 1, height, device=features.device, dtype=features.dtype)
-    x = torch.linspace(-1, 1, width, device=features.device, dtype=features.dtype)
+    y, x = _from_minus_one_to_one(height, features), _from_minus_one_to_one(width, features)
     x_channel = x[None, None, None, :].expand(batch, 1, height, width)
     y_channel = y[None, None, :, None].expand(batch, 1, height, width)
     return torch.cat([features, x_channel, y_channel], dim=1)
 
 
+def _from_minus_one_to_one(count: int, like: Tensor) -> Float[Tensor, " count"]:
+    """So many numbers at equal distances; -1 alone where it is one."""
+    if torch.compiler.is_exporting():  # linspace would fix the count; to within 2e-7 this is the same
+        ends = torch.linspace(-1, 1, 2, device=like.device, dtype=like.dtype)
+        return functional.interpolate(ends[None, None], size=count, mode="linear", align_corners=True)[0, 0]
+    return torch.linspace(-1, 1, count, device=like.device, dtype=like.dtype)
+
+
 def level_maps(pyramid: Pyramid) -> tuple[Tensor, ...]:
     """The five levels' inputs, at strides 8, 8, 16, 32, 32."""
-    p2_halved = functional.interpolate(pyramid.p2, scale_factor=0.5, mode="bilinear", align_corners=False)
+    p2_halved = resize(pyramid.p2, pyramid.p3.shape[-2:])
     p6_enlarged = resize(pyramid.p6, pyramid.p5.shape[-2:])
     return (p2_halved, pyramid.p3, pyramid.p4, pyramid.p5, p6_enlarged)
 
 
 def resize(features: Float[Tensor, "B C _ _"], size: Sequence[int]) -> Float[Tensor, "B C _ _"]:
-    """Bilinear, pixel centres, no antialiasing."""
+    """Bilinear, pixel centres, no antialiasing.
+
+    To a size, never by a factor: an exported program fixes what a factor came to for the sizes that it was traced with.
+    """
     return functional.interpolate(features, size=tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -207,7 +217,16 @@ def say_one_percent(output: nn.Conv2d) -> None:
 
 def enlarged(features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C _ _"]:
     """Twice as high and wide: at half a level's stride."""
-    return functional.interpolate(features, scale_factor=2.0, mode="bilinear", align_corners=False)
+    height, width = features.shape[-2:]
+    return resize(features, (2 * height, 2 * width))
+
+
+class Enlarge(nn.Module):
+    """`enlarged`, as a layer."""
+
+    def forward(self, features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C _ _"]:
+        """As `enlarged`."""
+        return enlarged(features)
 
 
 def sum_of_nothing(*columns: Tensor) -> Float[Tensor, ""]:

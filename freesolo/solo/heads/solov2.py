@@ -15,6 +15,7 @@ from freesolo.models.fpn import Pyramid
 from freesolo.settings import SoloModelSettings
 from freesolo.solo.heads.base import (
     COORDINATES,
+    Enlarge,
     Head,
     append_coordinates,
     conv_norm_relu,
@@ -103,6 +104,6 @@ def _mask_towers(in_channels: int, channels: int) -> nn.ModuleList:
         blocks: list[nn.Module] = []
         for incoming in [first] + [channels] * (doublings - 1):
             blocks.append(conv_norm_relu(incoming, channels, 3))
-            blocks.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+            blocks.append(Enlarge())
         towers.append(nn.Sequential(*blocks))
     return nn.ModuleList(towers)
