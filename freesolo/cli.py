@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from freesolo.data.coco import write_coco
 from freesolo.data.files import join, read_bytes, write_atomic
@@ -17,13 +18,28 @@ from freesolo.data.scenes import compose_scenes, demo_photos
 from freesolo.data.sources import find_photos
 from freesolo.entry import exit_code
 from freesolo.errors import JobError, UsageError
-from freesolo.inference.segment import SegmentPhotos
+from freesolo.inference.segment import SegmentPhotos, build_segmenter
 from freesolo.inspection import inspect
-from freesolo.models.weights import PUBLISHED, pull, recorded_sha256
+from freesolo.models.download import sha256_of_file
+from freesolo.models.layouts import EXPORT
+from freesolo.models.model_file import load_model, save_model
+from freesolo.models.weights import (
+    PUBLISHED,
+    detectron2_settings,
+    export_backbone,
+    import_backbone,
+    pull,
+    recorded_sha256,
+)
 from freesolo.progress import progress
 from freesolo.report.pictures import draw_masks, encode_png
 from freesolo.settings import InferenceSettings, PredictSettings, TrackingSettings
+from freesolo.solo.program import SAVE, trace
 from freesolo.stages import stages_of
+
+if TYPE_CHECKING:
+    from freesolo.registry.weights import ResolvedWeights
+    from freesolo.tracking.server import TrackingServer
 
 _TRAINING_SEED = 0
 _HELD_OUT_SEED = 4  # seeds 1 to 3 were looked at while the demo's settings were chosen; nothing was chosen on this one
@@ -57,16 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--held-out", type=_positive, default=64, help="scenes to evaluate on")
     command.set_defaults(act=_demo_data)
 
-    command = commands.add_parser("predict", parents=[common], help="segment one photo and draw what was found")
-    command.add_argument("model", help="model file, URL or models:/name@alias")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", help="model file, URL or models:/name@alias")
+    model.add_argument("--storage", default="runs", help="where runs are kept, for models:/ without a tracking server")
+    model.add_argument("--tracking-uri", help="MLflow's; default: MLFLOW_TRACKING_URI, or SQLite in the storage")
+
+    command = commands.add_parser("predict", parents=[common, model], help="segment one photo, draw what was found")
     command.add_argument("photo", help="path or URL")
     command.add_argument("--out", required=True, help="the picture to write, a PNG")
     command.add_argument("--short-side", type=_positive, default=800, help="pixels that the photo is resized to")
     command.add_argument("--min-score", type=_share, default=0.3)
-    command.add_argument(
-        "--storage", default="runs", help="where runs are kept, for models:/ without a tracking server"
-    )
-    command.add_argument("--tracking-uri", help="MLflow's; default: MLFLOW_TRACKING_URI, or SQLite in the storage")
     command.set_defaults(act=_predict)
 
     command = commands.add_parser("inspect", parents=[common], help="what a data set, a label set or a run holds")
@@ -84,6 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("url")
     command.add_argument("out", help="the JSON to write")
     command.set_defaults(act=_export_coco)
+    command = exports.add_parser("weights", parents=[common, model], help="a model's backbone for another project")
+    command.add_argument("out", help="the file to write: .pth, or .pkl for detectron2")
+    command.add_argument("--layout", choices=EXPORT, required=True, help="whose names the tensors get")
+    command.set_defaults(act=_export_weights)
+    command = exports.add_parser("program", parents=[common, model], help="a segmenter that runs without freesolo")
+    command.add_argument("out", help="the file to write: .pt2, or .onnx")
+    command.add_argument("--format", choices=SAVE, required=True)
+    command.add_argument("--register", action="store_true", help="beside the model, which is models:/..., too")
+    command.set_defaults(act=_export_program)
 
     weights = commands.add_parser("weights", help="published checkpoints").add_subparsers(required=True, metavar="DO")
     command = weights.add_parser("pull", parents=[common], help="fetch a checkpoint and verify its checksum")
@@ -91,6 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--to", default="weights", help="folder")
     command.add_argument("--sha256", help="what the file must hash to")
     command.set_defaults(act=_pull)
+    command = weights.add_parser("import", parents=[common], help="a ResNet of another project into a model file")
+    command.add_argument("file", help="torchvision's, timm's, mmdet's or detectron2's")
+    command.add_argument("out", help="the model file to write")
+    command.add_argument(
+        "--stride-in", choices=("1x1", "3x3"), required=True, help="the convolution of a block: 1x1 is caffe's style"
+    )
+    command.add_argument(
+        "--pixels", choices=("rgb", "bgr"), required=True, help="normalised RGB, or BGR to 255 less the mean"
+    )
+    command.set_defaults(act=_import)
     return parser
 
 
@@ -139,29 +174,36 @@ def _demo_data(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    # MLflow takes seconds to import: only the commands that talk to it do.
-    from freesolo.registry.weights import resolve_weights
-    from freesolo.tracking.server import resolve_server
-
     settings = PredictSettings(
         short_side=options.short_side,
         inference=InferenceSettings(min_score=options.min_score),
         max_width=1.0,
     )
-    server = None
-    if options.model.startswith("models:"):
-        server = resolve_server(TrackingSettings(uri=options.tracking_uri), options.storage)
     try:
         photo = decode_photo(read_bytes(options.photo))
     except PhotoError as error:
         raise JobError(f"{options.photo}: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
-        weights = resolve_weights(options.model, Path(folder), server=server)
-        segment = SegmentPhotos.from_file(weights.path, settings)
+        segment = SegmentPhotos.from_file(_resolve(options, folder).path, settings)
     (found,) = segment([photo])
     picture = draw_masks(photo, found.masks.numpy(), found.scores.double().numpy())
     write_atomic(options.out, encode_png(picture))
     print(f"{options.out}: {len(found)} instances")
+
+
+def _resolve(options: argparse.Namespace, folder: str) -> ResolvedWeights:
+    # MLflow takes seconds to import: only the commands that talk to it do.
+    from freesolo.registry.weights import resolve_weights
+
+    return resolve_weights(options.model, Path(folder), server=_server(options))
+
+
+def _server(options: argparse.Namespace) -> TrackingServer | None:
+    from freesolo.tracking.server import resolve_server
+
+    if not options.model.startswith("models:"):
+        return None
+    return resolve_server(TrackingSettings(uri=options.tracking_uri), options.storage)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -192,6 +234,52 @@ def _deliver(options: argparse.Namespace) -> None:
 def _export_coco(options: argparse.Namespace) -> None:
     write_coco(options.url, options.out)
     print(options.out)
+
+
+def _export_weights(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_model(_resolve(options, folder).path)
+        file = Path(folder) / "exported"
+        export_backbone(model, options.layout, file)
+        write_atomic(options.out, file.read_bytes())
+    print(f"{options.out}: the backbone, {model.settings['backbone']}, of {options.model}")
+    if options.layout == "detectron2":
+        print("in detectron2's configuration:", ", ".join(f"{k}={v}" for k, v in detectron2_settings(model).items()))
+
+
+def _export_program(options: argparse.Namespace) -> None:
+    if options.register and not options.model.startswith("models:"):
+        raise UsageError(f"--register: {options.model} is not of a registry; give models:/name@alias")
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = _resolve(options, folder)
+        model = load_model(resolved.path, "segmenter")
+        file = Path(folder) / f"segmenter{'.onnx' if options.format == 'onnx' else '.pt2'}"
+        traced = trace(build_segmenter(model))
+        SAVE[options.format](traced, file, {"sha256": model.sha256, "settings": model.settings})
+        write_atomic(options.out, file.read_bytes())
+        print(f"{options.out}: pixels in, {', '.join(traced.outputs)} out")
+        server = _server(options)
+        if options.register and server is not None and resolved.name is not None and resolved.version is not None:
+            from freesolo.registry.programs import register_program
+
+            print(register_program(file, resolved.name, resolved.version, server))
+
+
+def _import(options: argparse.Namespace) -> None:
+    path = Path(options.file)
+    imported = import_backbone(path, stride_in_1x1=options.stride_in == "1x1", pixels=options.pixels)
+    lineage = {
+        "imported": path.name,
+        "imported_sha256": sha256_of_file(path),
+        "imported_stride_in": options.stride_in,
+        "imported_pixels": options.pixels,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.pt"
+        save_model(file, "backbone", {"backbone": imported.backbone}, imported.state_dict, lineage)
+        write_atomic(options.out, file.read_bytes())
+    ignored = imported.report.ignored
+    print(f"{options.out}: a {imported.backbone}, {imported.report.loaded} tensors; {len(ignored)} others left out")
 
 
 def _pull(options: argparse.Namespace) -> None:

@@ -16,7 +16,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 MAX_INSTANCES = 1000  # of a photo, in what is written and what is read: the masks of all lie in memory together
 Instances = Annotated[int, Field(gt=0, le=MAX_INSTANCES)]
-Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
+# `_caffe`: the stride of a block is in its first 1x1 convolution, as in MSRA's weights, those of detectron2's models.
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet50_caffe", "resnet101_caffe"]
 
 
 def absolute_url(url: str) -> str:

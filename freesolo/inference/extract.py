@@ -54,7 +54,8 @@ def free_mask_labelling(job: ExtractJob, *, storage: str) -> LabellingJob:
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve_weights(job.weights, Path(folder), server=resolve_server(job.tracking, storage))
         backbone = build_resnet(settings.backbone)
-        load_backbone(backbone, read_state_dict(resolved.path), source=job.weights)
+        tensors = read_state_dict(resolved.path, backbone=settings.backbone)
+        load_backbone(backbone, tensors, source=job.weights)
     plan = LabelPlan(
         dataset_digest=dataset.digest,
         dataset_url=job.dataset,

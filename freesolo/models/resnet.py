@@ -7,11 +7,14 @@
     C5      (B, channels[3], H/32, W/32)    after layer4; the dense methods' "stage 5"
 
 Sizes are rounded up where the stride does not divide. Source: He et al., arXiv:1512.03385, table 1; the stride of a
-bottleneck sits in its 3x3 convolution, as in torchvision and every published self-supervised checkpoint.
+bottleneck sits in its 3x3 convolution, as in torchvision and every published self-supervised checkpoint, or in its
+first 1x1, as in MSRA's original weights (`resnet50_caffe`): no tensor tells, only the network's name does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,7 +31,14 @@ _BLOCKS: dict[int, tuple[int, int, int, int]] = {
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
 }
-_DEPTHS: dict[str, Depth] = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
+_NETWORKS: dict[Backbone, tuple[Depth, bool]] = {  # depth, and whether the stride is in the 1x1 convolutions
+    "resnet18": (18, False),
+    "resnet34": (34, False),
+    "resnet50": (50, False),
+    "resnet101": (101, False),
+    "resnet50_caffe": (50, True),
+    "resnet101_caffe": (101, True),
+}
 _STAGE_WIDTHS = (64, 128, 256, 512)
 
 
@@ -65,16 +75,17 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a shortcut (ResNet-50, -101); the 3x3 carries the stride."""
+    """1x1, 3x3, 1x1 convolutions and a shortcut (ResNet-50, -101); the 3x3 carries the stride, or the first 1x1."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, width: int, stride: int, *, stride_in_1x1: bool = False) -> None:
         super().__init__()
         out_channels = width * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride_1x1, bias=False)
         self.bn1: nn.Module = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride_3x3, padding=1, bias=False)
         self.bn2: nn.Module = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3: nn.Module = nn.BatchNorm2d(out_channels)
@@ -99,18 +110,25 @@ class ResNet(nn.Module):
         channels: Channels of C2, C3, C4 and C5.
     """
 
-    def __init__(self, depth: Depth) -> None:
+    def __init__(self, depth: Depth, *, stride_in_1x1: bool = False) -> None:
         """Build the network; its values are undefined until `initialise` or a checkpoint sets them.
 
+        Args:
+            depth: 18, 34, 50 or 101.
+            stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution, not in the 3x3.
+
         Raises:
-            ValueError: If the depth is none of 18, 34, 50 and 101.
+            ValueError: If the depth is none of these, or has no bottlenecks to have a stride in.
         """
         super().__init__()
         if depth not in _BLOCKS:
             raise ValueError(f"depth={depth}: there are ResNets of depth {', '.join(map(str, _BLOCKS))}")
-        block: type[BasicBlock] | type[Bottleneck] = BasicBlock if depth in (18, 34) else Bottleneck
+        if stride_in_1x1 and depth in (18, 34):
+            raise ValueError(f"depth={depth}: only blocks of ResNet-50 and -101 have a 1x1 convolution to stride in")
+        block: _Block = BasicBlock if depth in (18, 34) else partial(Bottleneck, stride_in_1x1=stride_in_1x1)
+        expansion = BasicBlock.expansion if depth in (18, 34) else Bottleneck.expansion
         self.depth = depth
-        first, second, third, fourth = (width * block.expansion for width in _STAGE_WIDTHS)
+        first, second, third, fourth = (width * expansion for width in _STAGE_WIDTHS)
         self.channels: tuple[int, int, int, int] = (first, second, third, fourth)
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1: nn.Module = nn.BatchNorm2d(64)
@@ -158,7 +176,19 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 def build_resnet(name: Backbone) -> ResNet:
     """The network that a configuration names. Call `initialise` on it or load a checkpoint."""
-    return ResNet(_DEPTHS[name])
+    depth, stride_in_1x1 = _NETWORKS[name]
+    return ResNet(depth, stride_in_1x1=stride_in_1x1)
+
+
+def backbone_name(depth: int, *, stride_in_1x1: bool) -> Backbone | None:
+    """What configurations call a network; None where there is none of this kind."""
+    return next((name for name, network in _NETWORKS.items() if network == (depth, stride_in_1x1)), None)
+
+
+def differ_in_stride_alone(first: str, second: str) -> bool:
+    """Whether two networks' tensors have the same names and shapes, and yet are not for one another."""
+    depths = {name: depth for name, (depth, _) in _NETWORKS.items()}
+    return first != second and first in depths and depths.get(first) == depths.get(second)
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
@@ -188,8 +218,10 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
     )
 
 
-def _stage(
-    block: type[BasicBlock] | type[Bottleneck], in_channels: int, width: int, blocks: int, *, stride: int
-) -> nn.Sequential:
-    rest = [block(width * block.expansion, width, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(block(in_channels, width, stride), *rest)
+_Block = Callable[[int, int, int], BasicBlock | Bottleneck]  # of channels in, width and stride
+
+
+def _stage(block: _Block, in_channels: int, width: int, blocks: int, *, stride: int) -> nn.Sequential:
+    first = block(in_channels, width, stride)
+    rest = [block(width * first.expansion, width, 1) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *rest)

@@ -54,11 +54,14 @@ class SharedWeights:
         return InitialWeights(self.reference, ray.get(self.tensors))
 
 
-def read_initial_weights(reference: str | None, tracking: TrackingSettings, storage: str) -> InitialWeights | None:
+def read_initial_weights(
+    reference: str | None, tracking: TrackingSettings, storage: str, *, backbone: str
+) -> InitialWeights | None:
     """Read the weights that a path, a URL or `models:/name@alias` names; None for none. Needs no cluster.
 
     Raises:
-        UsageError: There are none of that name, or the file is not a checkpoint.
+        UsageError: There are none of that name, or the file is not a checkpoint, or says that it is of another network
+            than `backbone`, of the same tensors.
     """
     if reference is None:
         return None
@@ -67,4 +70,4 @@ def read_initial_weights(reference: str | None, tracking: TrackingSettings, stor
 
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve_weights(reference, Path(folder), server=resolve_server(tracking, storage))
-        return InitialWeights(reference, read_state_dict(resolved.path))
+        return InitialWeights(reference, read_state_dict(resolved.path, backbone=backbone))

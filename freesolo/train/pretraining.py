@@ -62,7 +62,7 @@ def pretrain_inputs(job: PretrainJob, storage: str) -> PretrainInputs:
     """
     manifest = read_dataset_manifest(job.dataset)
     settings = job.pretrain.model
-    weights = read_initial_weights(settings.backbone_weights, job.tracking, storage)
+    weights = read_initial_weights(settings.backbone_weights, job.tracking, storage, backbone=settings.backbone)
     if weights is not None:
         load_backbone(build_resnet(settings.backbone), weights.tensors, source=weights.reference)
     probe_url = job.pretrain.probe.dataset

@@ -65,7 +65,7 @@ def segmenter_inputs(job: TrainJob, storage: str) -> SegmenterInputs:
     manifest = read_dataset_manifest(job.dataset)
     labels = _matching_labels(job, manifest)
     _categories(job, manifest, labels)
-    weights = read_initial_weights(job.train.initial_weights, job.tracking, storage)
+    weights = read_initial_weights(job.train.initial_weights, job.tracking, storage, backbone=job.train.model.backbone)
     if weights is not None:
         load_initial_weights(Segmenter(job.train.model), weights)
     return SegmenterInputs(manifest, labels, weights)
