@@ -187,7 +187,7 @@ def backbone_name(depth: int, *, stride_in_1x1: bool) -> Backbone | None:
 
 def differ_in_stride_alone(first: str, second: str) -> bool:
     """Whether two networks' tensors have the same names and shapes, and yet are not for one another."""
-    depths = {name: depth for name, (depth, _) in _NETWORKS.items()}
+    depths: dict[str, int] = {name: depth for name, (depth, _) in _NETWORKS.items()}
     return first != second and first in depths and depths.get(first) == depths.get(second)
 
 

@@ -34,7 +34,8 @@ def register_program(file: Path, name: str, version: str, server: TrackingServer
     with talking_to(server, f"{file.name} was not put beside models:/{name}/{version}") as client:
         find_version(client, name, version)
         location = client.get_model_version_download_uri(name, version)
-        get_artifact_repository(location, tracking_uri=server.uri).log_artifact(str(file), FOLDER)
+        repository = get_artifact_repository(location, tracking_uri=server.uri)
+        repository.log_artifact(str(file), FOLDER)  # type: ignore[no-untyped-call]
         # The tag last: what has it is there.
         client.set_model_version_tag(name, version, TAG + file.name, sha256_of_file(file))
     return f"{location}/{FOLDER}/{file.name}"

@@ -36,7 +36,10 @@ RUN_ELSEWHERE = {
     "freesolo predict": "tests/e2e/test_pipeline.py",
     "freesolo inspect": "tests/e2e/test_pipeline.py",
     "freesolo export coco": "tests/e2e/test_pipeline.py",
+    "freesolo export program": "tests/integration/test_registry.py",
+    "freesolo export weights": "tests/unit/test_layouts.py",
     "freesolo weights pull": "tests/unit/test_weights.py",
+    "freesolo weights import": "tests/unit/test_layouts.py",
     "freesolo deliver": "tests/unit/test_tracking.py",
     "freesolo demo-data": "Makefile",
     # Without a cluster they can't be run: what they name is looked up.

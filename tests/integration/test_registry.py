@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
 
+import jaxtyping
 import mlflow
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from freesolo import cli
 from freesolo.data.files import write_atomic
 from freesolo.data.photos import decode_photo
 from freesolo.errors import JobError, UsageError
@@ -118,6 +120,31 @@ def variants(backbone_file: Path, folder: Path, count: int) -> list[Path]:
     for number, path in enumerate(paths):
         save_model(path, "backbone", model.settings, model.state_dict, {"number": number})
     return paths
+
+
+# --- exported programs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("nothing_went_astray")
+def test_a_program_is_kept_beside_its_model(
+    server: TrackingServer, client: MlflowClient, segmenter_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # while traced, what is an int stands for any
+    register_segmenter(segmenter_file, "solo", server, experiment="freesolo", predict=PREDICT)
+    model = ["models:/solo@candidate", "solo.pt2", "--format", "torch-export", "--storage", "storage"]
+    assert cli.main(["export", "program", *model, "--register"]) == 0
+    version = client.get_model_version("solo", "1")
+    location = client.get_model_version_download_uri("solo", "1")
+    kept = mlflow.artifacts.download_artifacts(f"{location}/programs/segmenter.pt2", tracking_uri=server.uri)
+    sha256 = sha256_of_file(Path(kept))
+    assert version.tags["freesolo.program.segmenter.pt2"] == sha256 == sha256_of_file(Path("solo.pt2"))
+    about = {"freesolo.json": ""}
+    program = torch.export.load(kept, extra_files=about).module()
+    assert json.loads(about["freesolo.json"])["sha256"] == sha256_of_file(segmenter_file)
+    assert program(torch.zeros(1, 3, 80, 100, dtype=torch.uint8))["category_logits"].shape[:2] == (1, 2)
+    # The model beside it is found as before, and a file is beside nothing.
+    assert resolve_weights("models:/solo/1", Path("cache"), server=server).sha256 == sha256_of_file(segmenter_file)
+    assert cli.main(["export", "program", str(segmenter_file), *model[1:], "--register"]) == 2
 
 
 # --- registering ----------------------------------------------------------------------------------------------------
