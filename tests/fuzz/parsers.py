@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import json
+import pickle
 import random
 import struct
 import tarfile
@@ -42,6 +43,8 @@ from freesolo.data.photos import PhotoError, decode_photo, photo_size
 from freesolo.data.shards import DatasetManifest, Sample, ShardError, ShardInfo, SkippedPhoto, read_shard, write_shard
 from freesolo.data.sources import find_photos
 from freesolo.errors import JobError, UsageError
+from freesolo.models.array_pickle import write_array_pickle
+from freesolo.models.layouts import to_torchvision
 from freesolo.models.model_file import load_model, save_model
 from freesolo.models.resnet import build_resnet
 from freesolo.models.weights import load_backbone, read_state_dict
@@ -458,6 +461,14 @@ def _model_files() -> tuple[bytes, ...]:
     return path.read_bytes(), old.getvalue(), plain.getvalue()
 
 
+@functools.cache
+def _weight_files() -> tuple[bytes, ...]:
+    path = folder() / "seed.pkl"
+    arrays = {"stem.conv1.weight": np.ones((2, 3), np.float32), "stem.conv1.norm.bias": np.zeros(2, np.float16)}
+    write_array_pickle({"model": arrays, "__author__": "here", "matching_heuristics": True}, path)
+    return *_model_files(), path.read_bytes(), pickle.dumps({"conv1_w": arrays["stem.conv1.weight"]}, protocol=4)
+
+
 def _parse_model_file(data: bytes) -> object:
     path = folder() / "model.pt"
     path.write_bytes(data)
@@ -468,8 +479,8 @@ def _parse_weights(data: bytes) -> object:
     path = folder() / "weights.pth"
     path.write_bytes(data)
     tensors = read_state_dict(path)
-    with contextlib.suppress(UsageError):  # no seed is a whole network
-        load_backbone(_network(), tensors, source="here")
+    with contextlib.suppress(UsageError, ValueError):  # no seed is a whole network
+        load_backbone(_network(), to_torchvision(tensors), source="here")
     return tensors
 
 
@@ -633,7 +644,7 @@ PARSERS: dict[str, Parser] = {
     "annotation": Parser(_json_of(_annotations), _parse_annotation, (ValueError,)),
     "COCO JSON": Parser(_json_of(_coco_document), _parse_coco, (UsageError,)),
     "model file": Parser(_bytes_of(_model_files), _parse_model_file, (UsageError,)),
-    "published weights": Parser(_bytes_of(_model_files), _parse_weights, (UsageError,)),
+    "published weights": Parser(_bytes_of(_weight_files), _parse_weights, (UsageError,)),
     "checkpoint's progress": Parser(_make_progress, _parse_progress, (DamagedCheckpointError, UsageError)),
     "checkpoint's weights": Parser(
         _bytes_of(lambda: [_checkpoint()[1]]), _parse_learner, (DamagedCheckpointError, UsageError)
