@@ -21,6 +21,7 @@ from freesolo.settings import (
     ExtractSettings,
     Fraction,
     InferenceSettings,
+    LabelFraction,
     LoopSettings,
     NonNegative,
     Positive,
@@ -28,6 +29,7 @@ from freesolo.settings import (
     PretrainSettings,
     ResourceSettings,
     Settings,
+    StartName,
     TrackingSettings,
     TrainSettings,
     Url,
@@ -82,11 +84,22 @@ class TrainJob(Job):
 
     dataset: Url
     labels: Url | None = None  # None: the data set's own annotations
+    label_fraction: LabelFraction = 1.0  # share of the photos whose annotations are used, every category's share of it
+    label_seed: NonNegative = 0  # of the choice; with the same one, 5% contains 1%
     train: TrainSettings
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainJob:
         _check_batch("train.loop", self.train.loop, self.resources)
+        return self
+
+    @model_validator(mode="after")
+    def _fraction_is_of_annotations(self) -> TrainJob:
+        if self.labels is not None and self.label_fraction < 1:
+            raise ValueError(
+                f"label_fraction={self.label_fraction:g}: a fraction is of a data set's own annotations, not of "
+                f"{self.labels}; leave one of the two out"
+            )
         return self
 
 
@@ -106,6 +119,48 @@ class EvaluateJob(Job):
     dataset: Url  # annotated
     labels: dict[str, Url]  # a name for each label set to compare, in the order of the table
     gallery_images: NonNegative = 24
+
+
+class FineTuneJob(Job):
+    """`jobs/fine_tune.py`: from each start with each fraction of the labels; evaluate all, plot AP against fraction."""
+
+    dataset: Url  # annotated
+    evaluation_dataset: Url  # annotated, other photos
+    starts: dict[StartName, Weights | None]  # what to begin with, by its name on the page; null: random weights
+    fractions: tuple[LabelFraction, ...]  # of the data set's photos
+    label_seed: NonNegative = 0  # of the choice; the larger fractions contain the smaller ones
+    min_steps: Positive | None = None  # None: all train for loop.steps; else as many epochs as those are of all photos
+    train: TrainSettings  # initial_weights are the starts'
+    held_out: PredictSettings = PredictSettings(inference=InferenceSettings(), max_width=1.0)
+    gallery_images: NonNegative = 24
+    notes: tuple[str, ...] = ()  # on the report page: what such a run can and cannot show
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> FineTuneJob:
+        _check_batch("train.loop", self.train.loop, self.resources)
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> FineTuneJob:
+        if not self.starts or not self.fractions:
+            raise ValueError(
+                "starts, fractions: at least one of each; give starts={NAME: WEIGHTS} and fractions=[0.05]"
+            )
+        if list(self.fractions) != sorted(set(self.fractions)):
+            raise ValueError(f"fractions={list(self.fractions)}: must ascend, each once")
+        folders = [start_folder(name) for name in self.starts]
+        if len(set(folders)) < len(folders):
+            raise ValueError(
+                f"starts: {', '.join(self.starts)}: two names differ in capitals or spaces only; rename one"
+            )
+        if self.train.initial_weights is not None:
+            raise ValueError("train.initial_weights: leave it out, each of the starts has its own")
+        return self
+
+
+def start_folder(name: str) -> str:
+    """A start's name as a part of a folder's: `Random weights` is `random-weights`."""
+    return name.lower().replace(" ", "-")
 
 
 class PipelineJob(Job):

@@ -31,7 +31,7 @@ from freesolo.tracking.record import read_record
 from freesolo.tracking.server import resolve_server
 from freesolo.tracking.witness import TrackedRun, Witness
 from freesolo.train.pretraining import PretrainInputs, pretrain, pretrain_inputs
-from freesolo.train.segmentation import SegmenterInputs, segmenter_inputs, train_segmenter
+from freesolo.train.segmentation import SegmenterInputs, choose_labels, segmenter_inputs, train_segmenter
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,14 +60,20 @@ def extract_stage(job: ExtractJob, folder: StageFolder, parent_url: str | None =
 
 
 def train_stage(job: TrainJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
-    """Train SOLO on a label set or on a data set's own annotations, and register it."""
+    """Train SOLO on a label set or on a data set's own annotations, or a fraction of those, and register it."""
+
+    def prepare() -> SegmenterInputs:
+        inputs = segmenter_inputs(job, folder.storage)
+        if job.label_fraction < 1:
+            connect(job.resources)
+        return choose_labels(job, inputs, folder)
 
     def work(inputs: SegmenterInputs) -> StageResult:
         connect(job.resources)
         result = train_segmenter(job, inputs, folder, _tracked_run(job, folder, parent_url))
         return _with_registration(result, job, folder)
 
-    return run_stage(folder, what_is_made(job), partial(segmenter_inputs, job, folder.storage), work)
+    return run_stage(folder, what_is_made(job), prepare, work)
 
 
 def predict_stage(job: PredictJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:

@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+LabelFraction = Annotated[float, Field(gt=0.0, le=1.0)]
+StartName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=50)]  # is part of names of folders and metrics
 MAX_INSTANCES = 1000  # of a photo, in what is written and what is read: the masks of all lie in memory together
 Instances = Annotated[int, Field(gt=0, le=MAX_INSTANCES)]
 # `_caffe`: the stride of a block is in its first 1x1 convolution, as in MSRA's weights, those of detectron2's models.

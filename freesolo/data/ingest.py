@@ -1,4 +1,4 @@
-"""Photos onto a Ray cluster: packed into shards by its tasks, and streamed from them as training batches.
+"""Photos onto a Ray cluster: packed into shards by its tasks, a fraction taken, and streamed as training batches.
 
 Streams: Ray Data reads, decodes and augments on the cluster's CPUs, one stream per train worker.
 
@@ -27,13 +27,26 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayTaskError
 
+from freesolo.data.files import join
 from freesolo.data.labels import LabelSet
+from freesolo.data.lease import held
 from freesolo.data.order import Order, Piece, Span, StreamState, worker_spans
 from freesolo.data.pack import PackedShard, ShardTask, check_skipped, finish_data_set, pack_shard, packing
 from freesolo.data.reading import PieceReader
-from freesolo.data.shards import DatasetManifest, Sample
+from freesolo.data.shards import DatasetManifest, Sample, ShardInfo
 from freesolo.data.sources import PhotoCollection
 from freesolo.data.stand_ins import with_stand_ins
+from freesolo.data.subset import (
+    ShardSurvey,
+    Subset,
+    SubsetSource,
+    choose_subset,
+    finish_subset,
+    finished_subset,
+    subset_tasks,
+    survey_shard,
+    write_subset_shard,
+)
 from freesolo.data.views import Row, View
 from freesolo.errors import JobError, UsageError
 from freesolo.progress import progress
@@ -47,6 +60,7 @@ PIECES_PER_EXECUTION = 2000
 
 AnyView = TypeVar("AnyView", bound=View)
 Batch = TypeVar("Batch")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,16 +207,70 @@ def pack_on_cluster(
     pack_remotely = ray.remote(pack_shard)
     packed: list[PackedShard] = []
     with packing(dataset_url), progress("pack", total=len(collection.photos), unit="photos") as advance:
-        waiting = [pack_remotely.remote(task) for task in tasks]
-        while waiting:
-            (done, *_), waiting = ray.wait(waiting)
-            try:
-                packed.append(ray.get(done))
-            except RayTaskError as error:
-                raise cause_of(error) from None
+        for _, shard in _as_they_are_done([pack_remotely.remote(task) for task in tasks]):
+            packed.append(shard)
             check_skipped(collection, packed, max_bad_samples=max_bad_samples)
-            advance(packed[-1].photos)
+            advance(shard.photos)
         return finish_data_set(collection, dataset_url, packed, max_bad_samples=max_bad_samples)
+
+
+def choose_subsets_on_cluster(
+    dataset_url: str, manifest: DatasetManifest, sources: Sequence[SubsetSource], *, bounds: BoundsSettings
+) -> list[Subset]:
+    """Choose fractions of a data set's photos, by what a Ray task a shard sees in it. Nothing is written.
+
+    Args:
+        dataset_url: The data set.
+        manifest: Its manifest.
+        sources: What to choose; nothing is read for none.
+        bounds: Larger photos are in no fraction.
+
+    Raises:
+        UsageError: A fraction leaves a category empty; as `subset.choose_subset`.
+        JobError: A shard is damaged, or the store cannot be reached.
+    """
+    if not sources:
+        return []
+    survey_remotely = ray.remote(survey_shard)
+    surveys: dict[int, ShardSurvey] = {}
+    with progress("survey", total=manifest.samples, unit="photos") as advance:
+        asked = [survey_remotely.remote(dataset_url, shard, manifest.categories, bounds) for shard in manifest.shards]
+        for number, survey in _as_they_are_done(asked):
+            surveys[number] = survey
+            advance(manifest.shards[number].samples)
+    in_order = [surveys[number] for number in range(len(manifest.shards))]
+    return [choose_subset(dataset_url, manifest, in_order, source) for source in sources]
+
+
+def write_subset_on_cluster(subset: Subset, url: str, *, bounds: BoundsSettings) -> DatasetManifest:
+    """Write a subset as a data set of its own, a Ray task a shard; one that is there already is left as it is.
+
+    Killed anywhere and called again it ends with the same bytes.
+
+    Args:
+        subset: What was chosen.
+        url: Where it goes.
+        bounds: By which it was chosen.
+
+    Returns:
+        The manifest, which is in place.
+
+    Raises:
+        UsageError: Something else is at the URL.
+        LeaseError: Somebody else writes it.
+        JobError: A shard is damaged, or a store failed.
+    """
+    write_remotely = ray.remote(write_subset_shard)
+    with held(join(url, ".lease")):
+        if done := finished_subset(url, subset.source):
+            return done
+        with progress("subset", total=subset.samples, unit="photos") as advance:
+            shards: list[ShardInfo] = []
+            tasks = subset_tasks(subset, url, bounds)
+            for _, shard in _as_they_are_done([write_remotely.remote(task) for task in tasks]):
+                shards.append(shard)
+                advance(shard.samples)
+        return finish_subset(subset, url, shards)
 
 
 class Readers(Datasource):
@@ -263,6 +331,22 @@ def full_memory_told() -> Iterator[None]:
             "a node's shared memory is full, and so is the disk that Ray moves objects to; `ray memory` shows whose "
             "they are; run the same again to go on"
         ) from error
+
+
+def _as_they_are_done(asked: Sequence[ray.ObjectRef[Result]]) -> Iterator[tuple[int, Result]]:
+    """The results of tasks, each with its number.
+
+    Raises:
+        UsageError, JobError: What a task raised for people.
+    """
+    numbers = {each: number for number, each in enumerate(asked)}
+    waiting = list(asked)
+    while waiting:
+        (done, *_), waiting = ray.wait(waiting)
+        try:
+            yield numbers[done], ray.get(done)
+        except RayTaskError as error:
+            raise cause_of(error) from None
 
 
 def _view_block(view: View, block: pa.Table) -> pa.Table:

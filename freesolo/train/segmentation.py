@@ -1,9 +1,9 @@
-"""Stage `train`: SOLO on a label set, or on a data set's own annotations, gives a segmenter."""
+"""Stage `train`: SOLO on a label set, or on a data set's own annotations or a fraction of them, gives a segmenter."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 
 from freesolo.config import TrainJob
 from freesolo.data.collate import collate_photos
-from freesolo.data.ingest import TrainingStream
+from freesolo.data.files import join
+from freesolo.data.ingest import TrainingStream, choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.labels import LabelSet, read_labels_of
 from freesolo.data.order import Order
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest
+from freesolo.data.subset import Subset, SubsetSource, finished_subset
 from freesolo.data.views import SegmentationView
 from freesolo.errors import UsageError
 from freesolo.models.model_file import save_model
@@ -45,11 +47,21 @@ class SegmenterInputs:
         manifest: Of the data set.
         labels: Of the label set; None: the data set's own annotations.
         weights: To start from; None: random ones.
+        subset: What `choose_labels` chose; None: all photos are used, or the fraction of them is there already.
     """
 
     manifest: DatasetManifest
     labels: LabelSet | None
     weights: InitialWeights | None
+    subset: Subset | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Photos:
+    """What a training streams: the data set itself, or a fraction of it."""
+
+    url: str
+    manifest: DatasetManifest
 
 
 def segmenter_inputs(job: TrainJob, storage: str) -> SegmenterInputs:
@@ -71,12 +83,35 @@ def segmenter_inputs(job: TrainJob, storage: str) -> SegmenterInputs:
     return SegmenterInputs(manifest, labels, weights)
 
 
+def choose_labels(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder) -> SegmenterInputs:
+    """Choose the photos of a job's `label_fraction`, on the CPUs of the cluster that this process is connected to.
+
+    Nothing is written. Of a fraction of 1, and of one that an earlier submission has written, nothing is read.
+
+    Raises:
+        UsageError: The fraction leaves a category without an object; names it, and a fraction that would do.
+        JobError: A shard is damaged, or the store cannot be reached.
+    """
+    if job.label_fraction == 1:
+        return inputs
+    source = SubsetSource(inputs.manifest.digest, job.label_fraction, job.label_seed)
+    if finished_subset(labels_url(folder, source), source):
+        return inputs
+    (subset,) = choose_subsets_on_cluster(job.dataset, inputs.manifest, [source], bounds=job.bounds)
+    return replace(inputs, subset=subset)
+
+
+def labels_url(folder: StageFolder, source: SubsetSource) -> str:
+    """Where a run keeps a fraction of a data set's labelled photos, for all of its trainings."""
+    return join(folder.run_url, f"labelled-{source.fraction!r}-seed-{source.seed}")
+
+
 def train_segmenter(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder, tracked: TrackedRun) -> StageResult:
     """Train a segmenter on the cluster that this process is connected to.
 
     Args:
         job: What to do.
-        inputs: What `segmenter_inputs` read.
+        inputs: What `segmenter_inputs` read and, for a fraction of the labels, `choose_labels` chose.
         folder: Where everything goes; what an earlier submission left there is gone on from.
         tracked: The MLflow run of this stage.
 
@@ -88,11 +123,12 @@ def train_segmenter(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder,
         JobError: Training failed.
     """
     started = time.monotonic()
-    manifest, labels = inputs.manifest, inputs.labels
+    labels, photos = inputs.labels, _photos(job, inputs, folder)
     weights = inputs.weights.share() if inputs.weights is not None else None
-    plan = TrainingPlan(folder, job, job.train.loop, tracked, partial(_build, job, manifest, labels, weights))
+    build = partial(_build, job, inputs.manifest, labels, photos, weights)
+    plan = TrainingPlan(folder, job, job.train.loop, tracked, build)
     metrics = run_training(plan, job.resources)
-    counts = {"images": manifest.samples, "steps": job.train.loop.steps}
+    counts = {"images": photos.manifest.samples, "steps": job.train.loop.steps}
     if labels is not None:
         counts["instances"] = labels.manifest.instances
     return StageResult(
@@ -102,6 +138,17 @@ def train_segmenter(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder,
         counts=counts,
         metrics=dict(metrics),
     )
+
+
+def _photos(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder) -> _Photos:
+    """The data set, or the fraction of it, which is written where it is not there yet."""
+    if job.label_fraction == 1:
+        return _Photos(job.dataset, inputs.manifest)
+    source = SubsetSource(inputs.manifest.digest, job.label_fraction, job.label_seed)
+    url = labels_url(folder, source)
+    if inputs.subset is not None:
+        return _Photos(url, write_subset_on_cluster(inputs.subset, url, bounds=job.bounds))
+    return _Photos(url, read_dataset_manifest(url))
 
 
 def _matching_labels(job: TrainJob, manifest: DatasetManifest) -> LabelSet | None:
@@ -144,6 +191,7 @@ def _build(
     job: TrainJob,
     manifest: DatasetManifest,
     labels: LabelSet | None,
+    photos: _Photos,
     weights: SharedWeights | None,
     device: torch.device,
 ) -> Training:
@@ -156,8 +204,8 @@ def _build(
     if settings.freeze_batch_norm:
         freeze_batch_norm(task.segmenter.backbone)
     stream = TrainingStream(
-        dataset_url=job.dataset,
-        manifest=manifest,
+        dataset_url=photos.url,
+        manifest=photos.manifest,
         labels=labels,
         view=SegmentationView(
             settings.views,
@@ -167,7 +215,9 @@ def _build(
         ),
         collate=collate_photos,
         order=Order(
-            tuple(shard.samples for shard in manifest.shards), settings.loop.seed, settings.stream.shuffle_window_shards
+            tuple(shard.samples for shard in photos.manifest.shards),
+            settings.loop.seed,
+            settings.stream.shuffle_window_shards,
         ),
         batch_size=settings.loop.batch_size,
         max_bad_samples=settings.stream.max_bad_samples,
@@ -220,6 +270,8 @@ def _save_segmenter(
         "dataset_digest": manifest.digest,
         "supervision": job.train.supervision,
     }
+    if job.label_fraction < 1:
+        lineage |= {"label_fraction": job.label_fraction, "label_seed": job.label_seed}
     if labels is not None:
         lineage |= {"labels": str(job.labels), "labels_digest": labels.manifest.digest}
     if categories := _categories(job, manifest, labels):
