@@ -9,7 +9,7 @@ from freesolo.data.files import join, write_atomic
 from freesolo.evaluation import Metrics
 from freesolo.provenance import code_version, git_commit
 from freesolo.report.page import render_page
-from freesolo.report.records import Curve, GalleryPhoto, GroupedObjects, MetricRow, Report, StageSummary
+from freesolo.report.records import Curve, GalleryPhoto, GroupedObjects, MetricRow, Report, StageSummary, Trend
 from freesolo.settings import Settings
 from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.journal import read_journal
@@ -35,6 +35,7 @@ def write_report(
     settings: Settings,
     provenance: Mapping[str, str],
     found: GroupedObjects | None = None,
+    trends: tuple[Trend, ...] = (),
 ) -> str:
     """Write `report/index.html` into a stage's folder, and tell MLflow as an artifact of that name.
 
@@ -51,6 +52,7 @@ def write_report(
         settings: The resolved configuration.
         provenance: Digests, versions and lineage, beside the code's and the configuration.
         found: What was found, grouped; None for no such section.
+        trends: How a measure goes with what was varied.
 
     Returns:
         The page's URL.
@@ -62,6 +64,7 @@ def write_report(
         curves=tuple(curve for name, stage in trained for curve in _curves(name, stage)),
         metric_rows=tuple(MetricRow(name, _shares(metrics)) for name, metrics in rows.items()),
         found=found,
+        trends=trends,
         gallery=gallery,
         notes=notes,
         provenance={

@@ -7,26 +7,31 @@ from typing import TypedDict
 
 import numpy as np
 
-from freesolo.report.records import Curve
+from freesolo.report.records import Curve, Trend
 
 POINTS_MAX = 1000
 """Of a drawn curve; a chart has fewer pixels across than that."""
 
 
 class Line(TypedDict):
-    """A curve. `values` has None where the value was not finite; `not_finite` counts those, thinned ones included."""
+    """A curve or a trend.
+
+    `values` has None where the value was not finite, or there was none; `not_finite` counts the former, thinned ones
+    included.
+    """
 
     name: str
-    steps: list[int]
+    steps: list[int] | list[float]
     values: list[float | None]
     not_finite: int
 
 
 class Chart(TypedDict):
-    """Curves that share axes."""
+    """Curves that share axes; trends where there is a `unit`: of their places, on a logarithmic axis."""
 
     title: str
     lines: list[Line]
+    unit: str | None
 
 
 class StageCharts(TypedDict):
@@ -44,9 +49,20 @@ def chart_data(curves: tuple[Curve, ...]) -> list[StageCharts]:
             charts = stages.setdefault(curve.stage, {})
             charts.setdefault(curve.chart or curve.name, []).append(_line(curve))
     return [
-        {"stage": stage, "charts": [{"title": title, "lines": lines} for title, lines in charts.items()]}
+        {"stage": stage, "charts": [{"title": title, "lines": lines, "unit": None} for title, lines in charts.items()]}
         for stage, charts in stages.items()
     ]
+
+
+def trend_data(trends: tuple[Trend, ...]) -> list[Chart]:
+    """The trends by chart, in the order of its first trend. Trends without a place are left out."""
+    charts: dict[str, Chart] = {}
+    for trend in trends:
+        if trend.places:
+            chart = charts.setdefault(trend.chart, {"title": trend.chart, "lines": [], "unit": trend.unit})
+            values = [None if value is None else float(f"{value:.5g}") for value in trend.values]
+            chart["lines"].append({"name": trend.name, "steps": list(trend.places), "values": values, "not_finite": 0})
+    return list(charts.values())
 
 
 def _line(curve: Curve) -> Line:

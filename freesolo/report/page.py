@@ -16,7 +16,7 @@ from importlib.resources import files
 from string import Template
 
 from freesolo.progress import describe_seconds
-from freesolo.report.chart_data import chart_data
+from freesolo.report.chart_data import chart_data, trend_data
 from freesolo.report.gallery_data import gallery_data
 from freesolo.report.group_data import group_data
 from freesolo.report.records import GroupedObjects, MetricRow, Report, StageSummary
@@ -30,10 +30,10 @@ def render_page(report: Report) -> str:
     Args:
         report: Any part but the title may be empty; the page then has no section for it.
     """
-    curves = chart_data(report.curves)
+    curves, trends = chart_data(report.curves), trend_data(report.trends)
     sections = [
         ("pipeline", "Pipeline", _pipeline(report.stages)),
-        ("results", "Results", _metrics(report.metric_rows)),
+        ("results", "Results", _metrics(report.metric_rows) + (_asset("trends.html") if trends else "")),
         ("notes", "What this run can and cannot show", _paragraphs(report.notes)),
         ("found", "What it found, grouped", _found(report.found)),
         ("gallery", "Gallery", _asset("gallery.html") if report.gallery else ""),
@@ -51,7 +51,12 @@ def render_page(report: Report) -> str:
         contents="\n".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in shown),
         sections="\n".join(_section(*section) for section in shown) or "<p>Nothing was recorded.</p>",
         data=_script_json(
-            {"groups": group_data(report.found), "gallery": gallery_data(report.gallery), "curves": curves}
+            {
+                "groups": group_data(report.found),
+                "gallery": gallery_data(report.gallery),
+                "curves": curves,
+                "trends": trends,
+            }
         ),
         script=script,
     )

@@ -51,6 +51,31 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Trend:
+    """A measure against what was varied from one training to the next: a point each, joined in order.
+
+    Attributes:
+        name: The line's: "FreeSOLO".
+        chart: What was measured, with its unit: "Mask AP, %". Trends of the same chart share axes.
+        unit: Of what was varied, as it is read after its number: "% of the labels".
+        places: What was varied, above 0, ascending; drawn on a logarithmic axis. May be empty.
+        values: One a place; None where nothing could be measured.
+    """
+
+    name: str
+    chart: str
+    unit: str
+    places: tuple[float, ...]
+    values: tuple[float | None, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.places) != len(self.values):
+            raise ValueError(f"trend {self.name!r} has {len(self.places)} places but {len(self.values)} values")
+        if list(self.places) != sorted(set(self.places)) or any(place <= 0 for place in self.places):
+            raise ValueError(f"trend {self.name!r}: places {list(self.places)} must be above 0 and ascend")
+
+
+@dataclass(frozen=True, slots=True)
 class MetricRow:
     """What was measured of one label set.
 
@@ -191,6 +216,7 @@ class Report:
         curves: Of all stages.
         metric_rows: One a label set, in the order of the table: Free Mask, then the rounds.
         found: Objects in groups; None where nobody looked, which gives no section.
+        trends: Drawn beside the table.
         gallery: Photos to look at.
         notes: What this run can and cannot show, in plain words, a paragraph each.
         provenance: What the run came of, in order: git commit, data set digest, model version, lineage, the
@@ -203,6 +229,7 @@ class Report:
     curves: tuple[Curve, ...] = ()
     metric_rows: tuple[MetricRow, ...] = ()
     found: GroupedObjects | None = None
+    trends: tuple[Trend, ...] = ()
     gallery: tuple[GalleryPhoto, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)

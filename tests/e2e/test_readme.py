@@ -70,6 +70,12 @@ TINY = {
     "predict": ("predict.short_side=64", "predict.inference.min_category_score=0", "predict.inference.min_score=0"),
     "evaluate": (),
 }
+# From one start with half of the labels; tests/integration/test_fine_tuning.py has several.
+TINY["fine_tune"] = (
+    *(*TINY["train_solo"], "train.model.num_categories=1", "min_steps=1", "train.optimizer.milestones=[]"),
+    *("starts={FreeSOLO: models:/freesolo-r50@candidate}", "fractions=[0.5]"),
+    *("held_out.short_side=64", "held_out.inference.min_category_score=0", "held_out.inference.min_score=0"),
+)
 
 
 def readme_commands() -> list[str]:
@@ -137,7 +143,8 @@ def test_the_stages_one_after_the_other_on_object_storage(
     assert packed["counts"] == {"images": 4, "shards": 1, "skipped": 0}
     here = pack(photos, f"{bucket}/data/packed-here")
     assert read_dataset_manifest(dataset).digest == here.digest, "the job's shards are not those of `freesolo pack`"
-    pack(compose_scenes(f"{bucket}/held-out", 2, size=64, seed=1), f"{bucket}/data/held-out")
+    for name, seed in (("held-out", 1), ("labelled", 2)):
+        pack(compose_scenes(f"{bucket}/{name}", 2, size=64, seed=seed), f"{bucket}/data/{name}")
 
     results = {}
     assert list(stage_commands()) == list(TINY)
@@ -152,8 +159,9 @@ def test_the_stages_one_after_the_other_on_object_storage(
     assert results["evaluate"]["metrics"]["SOLO/images"] == 2
     report = read_bytes(results["evaluate"]["outputs"]["report"])
     assert report.startswith(b"<!doctype html>")
+    assert results["fine_tune"]["metrics"]["FreeSOLO_at_50_percent/images"] == 2
 
     assert cli.main(["deliver", f"{bucket}/runs/r"]) == 0
     delivered = capsys.readouterr().out.splitlines()
-    assert len(delivered) == len(TINY)
+    assert len(delivered) == len(TINY) - 1  # all but fine-tuning, which is a run of its own
     assert all("records delivered" in line and ": all " in line for line in delivered), delivered

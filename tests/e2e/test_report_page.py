@@ -23,6 +23,7 @@ from freesolo.report.records import (
     ObjectGroup,
     Report,
     StageSummary,
+    Trend,
 )
 
 playwright = pytest.importorskip(
@@ -578,3 +579,61 @@ def test_a_crowded_label_set_opens_with_its_best_masks(browser: Browser, tmp_pat
     assert shown.complaints == []
     assert (lowest, status) == (0.6, "Photo 1 of 1 · 9 of 20 masks")
     assert everything == "Photo 1 of 1 · 20 masks"
+
+
+def trends_report() -> Report:
+    """Three starts at four fractions; nothing at 1% is missing, and DenseCL at 2% could not be measured."""
+    unit, places = "% of the labels", (1.0, 2.0, 5.0, 10.0)
+    lines: dict[str, tuple[tuple[float, ...], tuple[float | None, ...]]] = {
+        "FreeSOLO": (places, (7.5, 9.25, 13.0, 16.0)),
+        "DenseCL": (places, (4.0, None, 9.0, 12.5)),
+        "nothing": (places[1:], (0.5, 1.25, 4.0)),
+    }
+    trends = [
+        Trend(name, chart, unit, *line) for chart in ("Mask AP, %", "AP by category, %") for name, line in lines.items()
+    ]
+    return Report("labels", "", metric_rows=(MetricRow("FreeSOLO", {"Masks/AP": 0.16}),), trends=tuple(trends))
+
+
+def test_a_measure_is_plotted_against_what_was_varied(browser: Browser, tmp_path: Path) -> None:
+    """Fractions on a logarithmic axis: from 1 to 10, 2 lies at 0.301 of the way and 5 at 0.699."""
+    shown = Opened(browser, write(trends_report(), tmp_path), viewport={"width": 1280, "height": 900})
+    charts = shown.page.locator("#results .chart")
+    assert charts.locator("h4").all_inner_texts() == ["Mask AP, %", "AP by category, %"]
+    chart = charts.first
+    marks = chart.locator("circle.mark")
+    across = marks.evaluate_all("nodes => nodes.map(node => Number(node.getAttribute('cx')))")
+    assert len(across) == 4 + 3 + 3
+    left, right = across[0], across[3]
+    assert [(x - left) / (right - left) for x in across[:4]] == pytest.approx([0, 0.301, 0.699, 1], abs=0.001)
+    assert across[4:7] == pytest.approx([across[0], across[2], across[3]])
+    assert chart.locator("svg text").all_text_contents()[-4:] == ["1%", "2%", "5%", "10%"]
+    assert chart.locator(".step").inner_text() == "10% of the labels"
+    assert chart.locator(".value").all_inner_texts() == ["16", "12.5", "4"]
+    chart.locator("svg").focus()
+    shown.page.keyboard.press("ArrowLeft")
+    shown.page.keyboard.press("ArrowLeft")
+    assert chart.locator(".step").inner_text() == "2% of the labels"
+    assert chart.locator(".value").all_inner_texts() == ["9.25", "-", "0.5"]
+    assert chart.locator(".dot").count() == 2
+    shown.page.keyboard.press("ArrowLeft")
+    assert chart.locator(".value").all_inner_texts() == ["7.5", "4", "-"]
+    chart.get_by_role("button", name="FreeSOLO").click()
+    assert marks.count() == 6
+    shown.context.close()
+    assert shown.complaints == []
+
+
+def test_a_single_fraction_is_a_point(browser: Browser, tmp_path: Path) -> None:
+    trends = (Trend("FreeSOLO", "Mask AP", "% of the labels", (5.0,), (0.0,)), Trend("none", "Mask AP", "%", (), ()))
+    shown = Opened(browser, write(Report("one", "", metric_rows=trends_report().metric_rows, trends=trends), tmp_path))
+    assert shown.page.locator("#results circle.mark").count() == 1
+    assert "NaN" not in shown.page.locator("#results").inner_html()
+    shown.context.close()
+    assert shown.complaints == []
+
+
+def test_a_trend_without_order_is_refused() -> None:
+    for places, values in (((2.0, 1.0), (1.0, 2.0)), ((0.0, 1.0), (1.0, 2.0)), ((1.0,), (1.0, 2.0))):
+        with pytest.raises(ValueError, match="places"):
+            Trend("FreeSOLO", "AP", "%", places, values)

@@ -9,6 +9,7 @@ import pytest
 from freesolo.config import (
     EvaluateJob,
     ExtractJob,
+    FineTuneJob,
     Job,
     PackJob,
     PipelineJob,
@@ -24,6 +25,7 @@ JOBS: dict[str, tuple[type[Job], str]] = {
     "pretrain": (PretrainJob, "pretrain_densecl"),
     "extract": (ExtractJob, "extract_free_masks"),
     "train": (TrainJob, "train_solo"),
+    "fine_tune": (FineTuneJob, "fine_tune"),
     "predict": (PredictJob, "predict"),
     "evaluate": (EvaluateJob, "evaluate"),
     "pipeline": (PipelineJob, "run_pipeline"),

@@ -1,5 +1,6 @@
-// Learning curves. A `Chart` draws its lines at the size it has, reads values out under the pointer or the arrow
-// keys, and hides a line when its name in the legend is pressed.
+// Learning curves and trends. A `Chart` draws its lines at the size it has, reads values out under the pointer or the
+// arrow keys, and hides a line when its name in the legend is pressed. A trend's chart has a unit: its steps are what was
+// varied, on a logarithmic axis, and its few points are marked.
 
 const MARGIN = { top: 8, right: 12, bottom: 24, left: 50 };
 const SMOOTH_FROM = 100; // points; shorter curves are smoothed only when asked
@@ -43,12 +44,21 @@ function nearest(steps, step) {
   return Math.abs(steps[low] - step) <= Math.abs(steps[high] - step) ? low : high;
 }
 
+// Of ascending steps those that are far enough from the one before to be labelled; the last one always is.
+function apart(steps, x) {
+  const found = [];
+  for (const step of steps.toReversed()) if (found.length === 0 || x(found[0]) - x(step) >= 36) found.unshift(step);
+  return found;
+}
+
 class Chart {
-  constructor({ title, lines }, smooth) {
+  constructor({ title, lines, unit }, smooth) {
+    this.unit = unit;
     this.lines = lines.map((line, n) => ({ ...line, n, visible: true, means: movingMean(line.values) }));
     this.smooth = smooth;
     this.step = null; // that is read out; null: the last one
     this.allSteps = [...new Set(lines.flatMap((line) => line.steps))].sort((a, b) => a - b);
+    this.allPlaces = this.allSteps.map((step) => this.place(step));
     this.svg = shape("svg", { tabindex: 0, role: "img", "aria-label": `${title}, arrow keys read values out` });
     this.stepText = element("span", { class: "step" });
     this.spoken = element("span", { class: "visually-hidden", role: "status" });
@@ -58,6 +68,11 @@ class Chart {
     this.node = element("figure", { class: lines.length > 3 ? "chart wide" : "chart" }, head, this.svg, legend, this.spoken);
     this.#listen();
     this.readOut();
+  }
+
+  // Where a step lies along the axis.
+  place(step) {
+    return this.unit === null ? step : Math.log(step);
   }
 
   #legendItem(line) {
@@ -78,8 +93,8 @@ class Chart {
     this.svg.addEventListener("pointermove", (event) => {
       const { left, width } = this.svg.getBoundingClientRect();
       const share = (event.clientX - left - MARGIN.left) / (width - MARGIN.left - MARGIN.right);
-      const [first, last] = [this.allSteps[0], this.allSteps.at(-1)];
-      this.#moveTo(this.allSteps[nearest(this.allSteps, first + share * (last - first))]);
+      const [first, last] = [this.allPlaces[0], this.allPlaces.at(-1)];
+      this.#moveTo(this.allSteps[nearest(this.allPlaces, first + share * (last - first))]);
     });
     this.svg.addEventListener("pointerleave", () => this.#moveTo(null));
     this.svg.addEventListener("blur", () => this.#moveTo(null));
@@ -104,10 +119,18 @@ class Chart {
 
   readOut() {
     const step = this.step ?? this.allSteps.at(-1);
-    this.stepText.textContent = `step ${step.toLocaleString("en")}`;
+    this.stepText.textContent =
+      this.unit === null ? `step ${step.toLocaleString("en")}` : `${formatValue(step)}${this.unit}`;
     this.lines.forEach((line, n) => {
-      this.items[n].value.textContent = formatValue(line.values[nearest(line.steps, step)]);
+      this.items[n].value.textContent = this.#valueText(line, step);
     });
+  }
+
+  // A curve's value is that of its nearest step; a trend has none between its points.
+  #valueText(line, step) {
+    const n = nearest(line.steps, step);
+    if (this.unit === null) return formatValue(line.values[n]);
+    return line.steps[n] !== step || line.values[n] === null ? "-" : formatValue(line.values[n]);
   }
 
   // Scales from steps and values to pixels; the value axis starts at 0 unless the values lie far from it, and has no
@@ -119,12 +142,12 @@ class Chart {
     if (low > 0 && low < 0.6 * high) low = 0;
     if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) / 2, high + Math.abs(high) / 2];
     high += (high - low) * 0.04;
-    const [first, last] = [this.allSteps[0], this.allSteps.at(-1)];
+    const [first, last] = [this.allPlaces[0], this.allPlaces.at(-1)];
     const { width, height } = this.size;
     const [inner, tall] = [width - MARGIN.left - MARGIN.right, height - MARGIN.top - MARGIN.bottom];
     return {
       low, high, first, last,
-      x: (step) => MARGIN.left + (last === first ? 0.5 : (step - first) / (last - first)) * inner,
+      x: (step) => MARGIN.left + (last === first ? 0.5 : (this.place(step) - first) / (last - first)) * inner,
       y: (value) => MARGIN.top + (1 - (value - low) / (high - low)) * tall,
     };
   }
@@ -148,11 +171,15 @@ class Chart {
       shape("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }),
       shape("text", { x: MARGIN.left - 8, y: y(value) + 4, "text-anchor": "end" }, formatValue(value)),
     ]);
-    const steps = last === first ? [first] : ticks(first, last, Math.max(2, Math.floor(width / 110)));
-    const columns = steps.map((step) =>
-      shape("text", { x: x(step), y: height - 6, "text-anchor": "middle" }, step.toLocaleString("en")),
+    const between = () => (last === first ? [first] : ticks(first, last, Math.max(2, Math.floor(width / 110))));
+    const columns = (this.unit === null ? between() : apart(this.allSteps, x)).map((step) =>
+      shape("text", { x: x(step), y: height - 6, "text-anchor": "middle" }, this.#tickText(step)),
     );
     return shape("g", { "aria-hidden": "true" }, ...rows, ...columns);
+  }
+
+  #tickText(step) {
+    return this.unit === null ? step.toLocaleString("en") : `${formatValue(step)}${this.unit.startsWith("%") ? "%" : ""}`;
   }
 
   #lineShapes(line) {
@@ -161,8 +188,18 @@ class Chart {
       node.style.setProperty("--colour", seriesColour(line.n));
       return node;
     };
+    if (this.unit !== null) return [path(line.values, "measured"), ...line.steps.flatMap((step) => this.#mark(line, step))];
     if (!this.smooth) return [path(line.values, "measured")];
     return [path(line.values, "measured faint"), path(line.means, "smoothed")];
+  }
+
+  #mark(line, step, name = "mark") {
+    const { x, y } = this.scales;
+    const n = nearest(line.steps, step);
+    if (line.values[n] === null || (this.unit !== null && line.steps[n] !== step)) return [];
+    const dot = shape("circle", { class: name, r: 4, cx: x(line.steps[n]), cy: y(line.values[n]) });
+    dot.style.setProperty("--colour", seriesColour(line.n));
+    return [dot];
   }
 
   #path(steps, values) {
@@ -188,17 +225,17 @@ class Chart {
       this.cursor.replaceChildren();
       return;
     }
-    const { x, y } = this.scales;
-    const [at, foot] = [x(this.step), this.size.height - MARGIN.bottom];
-    const dots = this.lines.filter((line) => line.visible).flatMap((line) => {
-      const n = nearest(line.steps, this.step);
-      if (line.values[n] === null) return [];
-      const dot = shape("circle", { class: "dot", r: 4, cx: x(line.steps[n]), cy: y(line.values[n]) });
-      dot.style.setProperty("--colour", seriesColour(line.n));
-      return [dot];
-    });
+    const [at, foot] = [this.scales.x(this.step), this.size.height - MARGIN.bottom];
+    const dots = this.lines.filter((line) => line.visible).flatMap((line) => this.#mark(line, this.step, "dot"));
     this.cursor.replaceChildren(shape("line", { class: "cursor", x1: at, x2: at, y1: MARGIN.top, y2: foot }), ...dots);
   }
+}
+
+function startTrends(charts, place) {
+  const all = charts.map((chart) => new Chart(chart, false));
+  place.append(...all.map((chart) => chart.node));
+  new ResizeObserver(() => all.forEach((chart) => chart.draw())).observe(place);
+  all.forEach((chart) => chart.draw());
 }
 
 function startCharts(stages, root) {

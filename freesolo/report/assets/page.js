@@ -4,6 +4,7 @@ const pageData = JSON.parse(document.getElementById("page-data").textContent);
 const groupsView = document.getElementById("groups-view");
 const galleryView = document.getElementById("gallery-view");
 const curvesView = document.getElementById("curves-view");
+const trends = document.getElementById("trends");
 
 if (groupsView !== null) {
   groupsView.hidden = false;
@@ -14,3 +15,4 @@ if (galleryView !== null) {
   new Gallery(pageData.gallery, galleryView);
 }
 if (curvesView !== null) startCharts(pageData.curves, curvesView);
+if (trends !== null) startTrends(pageData.trends, trends);

@@ -1,0 +1,244 @@
+"""How much a start is worth where labels are few: supervised trainings from each of several starts, side by side.
+
+    labels ─▶ 1% ─┬─▶ from FreeSOLO ─▶ training ─▶ held-out predictions ─┐
+               ⊂  ├─▶ from DenseCL  ─▶ ...                               ├─▶ evaluation ─▶ report: AP against fraction
+              5% ─┴─▶ from nothing  ─▶ ...                               ┘
+
+After FreeSOLO (arXiv:2202.12181), sec. 4.2. All trainings of a fraction see the same photos, and all are evaluated on
+the same others. Each training is a stage of the run, so submitting the run again does what is not done yet. The starts'
+weights are copied into the run first: an alias of the registry that moves meanwhile changes nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+from freesolo.cluster import connect
+from freesolo.comparison import check_comparable, compare, gallery
+from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder
+from freesolo.data.files import exists, join, write_atomic
+from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
+from freesolo.data.shards import DatasetManifest, read_dataset_manifest
+from freesolo.data.subset import Subset, SubsetSource, finished_subset
+from freesolo.errors import UsageError
+from freesolo.evaluation import Metrics
+from freesolo.jobs import predict_stage, show_comparison, tell_dataset, train_stage, witnessed
+from freesolo.registry.weights import resolve_weights
+from freesolo.report.records import Trend
+from freesolo.run_report import write_report
+from freesolo.settings import TrainSettings
+from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
+from freesolo.tracking.journal import Journal
+from freesolo.tracking.server import resolve_server
+from freesolo.tracking.witness import Witness
+from freesolo.train.segmentation import labels_url, segmenter_inputs
+
+_DRAWN = {"segm/AP": "Mask AP, %", "category/AP": "AP by category, %"}
+_SUMMARY = (
+    "Supervised fine-tuning with few labels, after FreeSOLO (arXiv:2202.12181), sec. 4.2: SOLO trained on fractions of "
+    "the annotated photos, beginning with {starts}. Every fraction has each category's share of photos, a larger one "
+    "contains the smaller ones, and all models are evaluated on the same other photos."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """One training and its predictions on the held-out photos.
+
+    Attributes:
+        start: What it began with.
+        fraction: Of the labels.
+        folder: Of the training.
+        result: Of the training.
+        labels: URL of the predictions.
+    """
+
+    start: str
+    fraction: float
+    folder: StageFolder
+    result: StageResult
+    labels: str
+
+    @property
+    def name(self) -> str:
+        """For people, and for MLflow, whose names may have no percent sign."""
+        return f"{self.start} at {_percent(self.fraction):g} percent"
+
+
+def fine_tune_stage(job: FineTuneJob, folder: StageFolder) -> StageResult:
+    """Train from each start with each fraction of the labels, evaluate all, and plot AP against fraction."""
+
+    def work(subsets: Sequence[Subset]) -> StageResult:
+        started = time.monotonic()
+        connect(job.resources)
+        with witnessed(job, folder, None) as (witness, journal):
+            tell_dataset(witness, job.dataset)
+            for subset in subsets:
+                write_subset_on_cluster(subset, labels_url(folder, subset.source), bounds=job.bounds)
+            starts = {name: _keep_weights(job, folder, name) for name in job.starts}
+            trained = [
+                _train(job, folder, start, weights, fraction)
+                for fraction in job.fractions
+                for start, weights in starts.items()
+            ]
+            result = _report(job, folder, trained, witness, journal)
+        return replace(result, seconds=time.monotonic() - started)
+
+    return run_stage(folder, what_is_made(job), partial(_prepare, job, folder), work)
+
+
+def _prepare(job: FineTuneJob, folder: StageFolder) -> list[Subset]:
+    """Refuse at the start what a later stage would refuse hours later; no GPU is taken for it.
+
+    Returns:
+        The fractions of the labels that are not written yet.
+
+    Raises:
+        UsageError: Data sets or starts do not fit, or a fraction leaves a category without an object.
+    """
+    manifest = read_dataset_manifest(job.dataset)
+    held_out = check_comparable(job.evaluation_dataset, {})
+    if held_out.digest == manifest.digest:
+        raise UsageError(f"evaluation_dataset: {job.evaluation_dataset} is what is trained on; give other photos")
+    if job.train.model.num_categories > 1:
+        _check_categories(job, manifest, held_out)
+    for start, weights in job.starts.items():
+        segmenter_inputs(_train_job(job, start, weights, 1.0), folder.storage)
+    sources = [SubsetSource(manifest.digest, part, job.label_seed) for part in job.fractions if part < 1]
+    missing = [source for source in sources if not finished_subset(labels_url(folder, source), source)]
+    if missing:
+        connect(job.resources)
+    return choose_subsets_on_cluster(job.dataset, manifest, missing, bounds=job.bounds)
+
+
+def _check_categories(job: FineTuneJob, manifest: DatasetManifest, held_out: DatasetManifest) -> None:
+    unknown = {one["id"] for one in manifest.categories} - {one["id"] for one in held_out.categories}
+    if unknown:
+        raise UsageError(
+            f"evaluation_dataset: {job.evaluation_dataset} does not know category {min(unknown)} of {job.dataset}; "
+            "give one of the same categories"
+        )
+
+
+def _keep_weights(job: FineTuneJob, folder: StageFolder, start: str) -> str | None:
+    """The URL of the run's own copy of a start's weights; None for a start from nothing."""
+    reference = job.starts[start]
+    if reference is None:
+        return None
+    url = join(folder.url, "starts", f"{start_folder(start)}.pt")
+    if not exists(url):
+        with tempfile.TemporaryDirectory() as local:
+            resolved = resolve_weights(reference, Path(local), server=resolve_server(job.tracking, folder.storage))
+            write_atomic(url, resolved.path.read_bytes())
+    return url
+
+
+def _train(job: FineTuneJob, folder: StageFolder, start: str, weights: str | None, fraction: float) -> _Trained:
+    """One training, and what it finds in the photos that are held out."""
+    name = f"{start_folder(start)}-{fraction!r}"
+    training, held_out = folder.sibling(f"train-{name}"), folder.sibling(f"held-out-{name}")
+    result = train_stage(_train_job(job, start, weights, fraction), training, folder.url)
+    predict = PredictJob(
+        resources=job.resources,
+        tracking=job.tracking.model_copy(update={"registered_model": None}),
+        bounds=job.bounds,
+        dataset=job.evaluation_dataset,
+        labels=join(held_out.url, "labels"),
+        weights=result.outputs["model"],
+        kind="predictions",
+        predict=job.held_out,
+    )
+    predicted = predict_stage(predict, held_out, folder.url)
+    return _Trained(start, fraction, training, result, predicted.outputs["labels"])
+
+
+def _train_job(job: FineTuneJob, start: str, weights: str | None, fraction: float) -> TrainJob:
+    name = job.tracking.registered_model
+    registered = None if name is None else f"{name}-{start_folder(start)}"
+    return TrainJob(
+        resources=job.resources,
+        tracking=job.tracking.model_copy(update={"registered_model": registered}),
+        bounds=job.bounds,
+        dataset=job.dataset,
+        label_fraction=fraction,
+        label_seed=job.label_seed,
+        train=train_settings(job, fraction).model_copy(update={"initial_weights": weights}),
+    )
+
+
+def train_settings(job: FineTuneJob, fraction: float) -> TrainSettings:
+    """The settings of the trainings on a fraction: with `min_steps` fewer steps, and milestones in proportion."""
+    loop, optimizer = job.train.loop, job.train.optimizer
+    if job.min_steps is None:
+        return job.train
+    steps = min(max(ceil(loop.steps * fraction), job.min_steps), loop.steps)
+    milestones = tuple(round(milestone * steps / loop.steps) for milestone in optimizer.milestones)
+    return job.train.model_copy(
+        update={
+            "loop": loop.model_copy(update={"steps": steps}),
+            "optimizer": optimizer.model_copy(update={"milestones": milestones}),
+        }
+    )
+
+
+def _report(
+    job: FineTuneJob, folder: StageFolder, trained: Sequence[_Trained], witness: Witness, journal: Journal
+) -> StageResult:
+    """Evaluate all, tell MLflow, write the page. Its gallery is of the smallest fraction, where starts differ most."""
+    comparison = compare(job.evaluation_dataset, {one.name: one.labels for one in trained}, gallery_images=0)
+    metrics = show_comparison(comparison, witness, journal)
+    least = {one.name: one.labels for one in trained if one.fraction == job.fractions[0]}
+    photos = {f"{_percent(one.fraction):g}% of the labels": one.result.counts["images"] for one in trained}
+    registered = {one.name: one.result.outputs["registered"] for one in trained if "registered" in one.result.outputs}
+    url = write_report(
+        folder,
+        witness,
+        title=folder.run_name,
+        summary=_SUMMARY.format(starts=", ".join(job.starts)),
+        stages=[(one.name, one.result) for one in trained],
+        trained=[(one.name, one.folder) for one in trained],
+        rows=comparison.rows,
+        trends=trends(trained, comparison.rows),
+        gallery=gallery(job.evaluation_dataset, least, images=job.gallery_images),
+        notes=job.notes,
+        settings=job,
+        provenance={
+            "Data set": f"{job.dataset}, {read_dataset_manifest(job.dataset).digest}",
+            "Photos trained on": "\n".join(f"{part}: {count}" for part, count in photos.items()),
+            "Starts": "\n".join(f"{name}: {weights or 'random weights'}" for name, weights in job.starts.items()),
+            "Evaluated on": f"{job.evaluation_dataset}, {comparison.dataset_digest}",
+            "Registered": ", ".join(registered.values()) or "nothing: tracking.registered_model is not set",
+        },
+    )
+    return StageResult(folder.stage, 0.0, {"report": url, **registered}, metrics=metrics)
+
+
+def trends(trained: Sequence[_Trained], rows: Mapping[str, Metrics]) -> tuple[Trend, ...]:
+    """AP in percent against percent of the labels, a line a start; by category too where models tell any apart."""
+    values = {name: row.as_dict() for name, row in rows.items()}
+    drawn = [metric for metric in _DRAWN if any(metric in row for row in values.values())]
+    return tuple(
+        Trend(
+            name=start,
+            chart=_DRAWN[metric],
+            unit="% of the labels",
+            places=tuple(_percent(one.fraction) for one in trained if one.start == start),
+            values=tuple(_percent_or_none(values[one.name].get(metric)) for one in trained if one.start == start),
+        )
+        for metric in drawn
+        for start in dict.fromkeys(one.start for one in trained)
+    )
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 10)
+
+
+def _percent_or_none(share: float | None) -> float | None:
+    return None if share is None else _percent(share)

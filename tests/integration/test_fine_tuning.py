@@ -1,0 +1,180 @@
+"""Fractions of labels and several starts, on a real Ray cluster: who trains on what, and what is told of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from freesolo.config import FineTuneJob, TrainJob, load_config, parse_config
+from freesolo.data.files import join, list_files
+from freesolo.data.pack import pack
+from freesolo.data.scenes import compose_scenes
+from freesolo.data.shards import read_dataset_manifest, read_shard
+from freesolo.errors import UsageError
+from freesolo.fine_tuning import fine_tune_stage, train_settings
+from freesolo.jobs import train_stage
+from freesolo.models.model_file import load_model, save_model
+from freesolo.solo.model import Segmenter
+from freesolo.stages import StageFolder
+from freesolo.tracking.journal import read_journal
+from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.timeout(600),
+    *IGNORE_WARNINGS_OF_RAY_TRAIN,
+]
+
+
+def two_categories(folder: Path, count: int, seed: int) -> str:
+    """An annotated data set of scenes of 6 a shard; the objects of every other one are of one category."""
+    path = Path(compose_scenes(str(folder / "photos"), count, size=96, seed=seed))
+    document = json.loads(path.read_text())
+    document["categories"] = [{"id": 3, "name": "odd"}, {"id": 8, "name": "even"}]
+    for annotation in document["annotations"]:
+        annotation["category_id"] = 3 if annotation["image_id"] % 2 else 8
+    path.write_text(json.dumps(document))
+    pack(str(path), str(folder / "data"), samples_per_shard=6)
+    return str(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return two_categories(tmp_path_factory.mktemp("labelled"), 16, seed=0)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return two_categories(tmp_path_factory.mktemp("held-out"), 4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def freesolo_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Class-agnostic, with the weights that chance gave it."""
+    model = load_config(FineTuneJob, ROOT / "configs/fine_tune/smoke.yaml").train.model
+    path = tmp_path_factory.mktemp("model") / "freesolo.pt"
+    segmenter = Segmenter(model).initialise(torch.Generator().manual_seed(7))
+    save_model(path, "segmenter", model.model_dump(), segmenter.state_dict(), {})
+    return str(path)
+
+
+def job_of(labelled: str, held_out: str, *overrides: str) -> FineTuneJob:
+    places = (f"dataset={labelled}", f"evaluation_dataset={held_out}", "train.model.num_categories=2")
+    return load_config(FineTuneJob, ROOT / "configs/fine_tune/smoke.yaml", [*places, *overrides])
+
+
+def ids_of(url: str) -> set[int]:
+    return {sample.image_id for shard in read_dataset_manifest(url).shards for sample in read_shard(url, shard)}
+
+
+def test_a_training_sees_its_fraction_and_nothing_else(labelled: str, held_out: str, tmp_path: Path) -> None:
+    folder = StageFolder(str(tmp_path), "run", "solo")
+    whole = job_of(labelled, held_out, "train.loop.steps=3", "train.loop.record_samples=true")
+    raw = {"dataset": labelled, "tracking": {"uri": "off"}, "train": whole.train.model_dump(mode="json")}
+    job = parse_config(TrainJob, raw | {"label_fraction": 0.3}, source="test")
+    result = train_stage(job, folder)
+    assert result.counts == {"images": 5, "steps": 3}
+    subset = join(folder.run_url, "labelled-0.3-seed-0")
+    assert len(ids_of(subset)) == 5
+    assert ids_of(subset) < ids_of(labelled)
+    used = [
+        number
+        for path in Path(folder.url, "samples").glob("*.json")
+        for _, ids in json.loads(path.read_text())
+        for number in ids
+    ]
+    assert len(used) == 12
+    assert set(used) == ids_of(subset)  # 5 photos, 12 samples: each was seen
+    lineage = load_model(Path(result.outputs["model"]), "segmenter").lineage
+    assert lineage["dataset_digest"] == read_dataset_manifest(labelled).digest
+    assert (lineage["label_fraction"], lineage["label_seed"]) == (0.3, 0)
+    assert [category["name"] for category in lineage["categories"]] == ["odd", "even"]
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(labelled: str, held_out: str, tmp_path: Path) -> None:
+    folder = StageFolder(str(tmp_path), "run", "fine-tuning")
+    with pytest.raises(
+        UsageError, match=r"0.01 is 1 of its 16 photos, which leaves 1 of 2 categories .*: (odd|even); 0"
+    ):
+        fine_tune_stage(job_of(labelled, held_out, "fractions=[0.01, 1.0]", "tracking.uri=off"), folder)
+    agnostic = tmp_path / "agnostic"
+    pack(compose_scenes(str(agnostic / "photos"), 2, size=96, seed=3), str(agnostic / "data"))
+    with pytest.raises(UsageError, match=r"evaluation_dataset: .* does not know category 3 of"):
+        fine_tune_stage(job_of(labelled, str(agnostic / "data"), "tracking.uri=off"), folder)
+    with pytest.raises(UsageError, match=r"evaluation_dataset: .* is what is trained on"):
+        fine_tune_stage(job_of(labelled, labelled, "tracking.uri=off"), folder)
+    with pytest.raises(UsageError, match=r"no such weights file"):
+        fine_tune_stage(job_of(labelled, held_out, "starts={FreeSOLO: nowhere.pt}", "tracking.uri=off"), folder)
+    assert list_files(folder.run_url) == []
+
+
+def test_starts_and_fractions_side_by_side(labelled: str, held_out: str, freesolo_model: str, tmp_path: Path) -> None:
+    folder = StageFolder(str(tmp_path), "run", "fine-tuning")
+    job = job_of(labelled, held_out, f"starts={{FreeSOLO: {freesolo_model}, nothing: null}}", "train.loop.steps=2")
+    result = fine_tune_stage(job, folder)
+    names = [f"{start} at {percent} percent" for percent in (25, 100) for start in ("FreeSOLO", "nothing")]
+    for name in names:
+        for metric in ("segm/AP", "category/AP", "category/AP/odd"):
+            assert f"{name}/{metric}".replace(" ", "_") in result.metrics
+        assert result.metrics[f"{name}/images".replace(" ", "_")] == 4
+    assert fine_tune_stage(job, folder) == result
+
+    subset = join(folder.run_url, "labelled-0.25-seed-0")
+    assert len(ids_of(subset)) == 4
+    steps = {
+        stage: [entry.step for entry in read_journal(folder.sibling(stage).url)]
+        for stage in ("train-freesolo-0.25", "train-nothing-1.0")
+    }
+    assert set(map(tuple, steps.values())) == {(1, 2)}
+    page = Path(result.outputs["report"]).read_text()
+    for text in (
+        *names,
+        "Mask AP, %",
+        "AP by category, %",
+        "% of the labels",
+        "25% of the labels: 4",
+        "100% of the labels: 16",
+    ):
+        assert text in page, text
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("freesolo")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop("run")
+    assert len(runs) == 8
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    for name, value in result.metrics.items():
+        if value is not None:
+            assert parent.data.metrics[name] == value
+    table = Path(client.download_artifacts(parent.info.run_id, "metrics.md", str(tmp_path))).read_text()
+    assert all(name in table for name in names)
+
+
+def test_a_fraction_trains_for_as_many_epochs_but_no_less_than_it_must() -> None:
+    job = load_config(FineTuneJob, ROOT / "configs/fine_tune/coco_r50.yaml")
+    few, many = train_settings(job, 0.05), train_settings(job, 0.2)
+    assert (few.loop.steps, few.optimizer.milestones) == (9000, (6000, 8000))
+    assert (many.loop.steps, many.optimizer.milestones) == (18000, (12000, 16000))
+    assert train_settings(job, 1.0) == job.train
+    assert train_settings(job.model_copy(update={"min_steps": None}), 0.01) == job.train
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("fractions=[0.1, 0.05]", r"fractions=\[0.1, 0.05\]: must ascend, each once"),
+        ("fractions=[]", r"at least one of each"),
+        ("starts={Free SOLO: null, free-solo: null}", r"two names differ in capitals or spaces only"),
+        ("starts={50%: null}", r"starts"),
+        ("train.initial_weights=densecl-r50-imagenet", r"each of the starts has its own"),
+    ],
+)
+def test_settings_that_cannot_be_compared_are_refused(override: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_config(FineTuneJob, ROOT / "configs/fine_tune/smoke.yaml", [override])
