@@ -32,9 +32,11 @@ from freesolo.settings import (
     StartName,
     TrackingSettings,
     TrainSettings,
+    TuneSettings,
     Url,
     Weights,
 )
+from freesolo.space import Values, check_space, draw_trials, with_values
 
 # --- jobs: a stage's settings and what they are applied to ----------------------------------------------------------
 
@@ -101,6 +103,47 @@ class TrainJob(Job):
                 f"{self.labels}; leave one of the two out"
             )
         return self
+
+
+class TuneJob(Job):
+    """`jobs/tune_solo.py`: many of `jobs/train_solo.py`, which differ in some settings; the best is kept."""
+
+    dataset: Url
+    labels: Url | None = None  # as TrainJob's
+    train: TrainSettings  # what all trials share
+    tune: TuneSettings
+
+    @model_validator(mode="after")
+    def _trials_are_right(self) -> TuneJob:
+        if self.resources.min_workers != self.resources.max_workers:
+            raise ValueError("resources.workers: trials that run beside each other are not elastic: give one number")
+        check_space(TrainJob, ("dataset", "labels", "train"), self.tune.space)
+        for values in self.trials():
+            job = self.trial_job(values)
+            if self.tune.metric not in job.train.metrics:
+                with_these = ", ".join(f"{name}={value}" for name, value in values.items())
+                raise ValueError(
+                    f"tune.metric={self.tune.metric}: a training with {with_these} does not report it; it reports "
+                    f"{', '.join(job.train.metrics)}"
+                )
+        return self
+
+    def trials(self) -> tuple[Values, ...]:
+        """What each trial sets of the space, the same at every call."""
+        return draw_trials(self.tune.space, draws=self.tune.trials, seed=self.tune.seed)
+
+    def trial_job(self, values: Values) -> TrainJob:
+        """The training of a trial, as it would be by itself.
+
+        Raises:
+            ValueError: The values don't go together with each other, or with what the trials share.
+        """
+        raw = with_values(self.model_dump(mode="json", exclude={"tune"}), values)
+        with_these = ", ".join(f"{name}={value}" for name, value in values.items())
+        try:
+            return parse_config(TrainJob, raw, source=f"the trial {with_these}")
+        except UsageError as error:
+            raise ValueError(str(error)) from error
 
 
 class PredictJob(Job):

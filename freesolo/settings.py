@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -146,6 +146,10 @@ class LoopSettings(Settings):
         largest = self.batch_size // (max_workers * self.accumulation_steps)
         rows = self.batch_size // workers
         return next(passes for passes in range(1, rows + 1) if rows % passes == 0 and rows // passes <= largest)
+
+
+LOOP_METRICS = ("images_per_second", "data_wait_share", "bad_samples", "learning_rate", "gradient_norm")
+"""What every training reports beside its losses."""
 
 
 # --- DenseCL ------------------------------------------------------------------------------------------------------
@@ -341,6 +345,17 @@ class TrainSettings(Settings):
     loop: LoopSettings
     stream: StreamSettings = StreamSettings()
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of all that such a training reports: its losses by term and summed, and what every training does."""
+        names = {
+            "masks": ("dice",),
+            "boxes": ("max_projection", "pairwise"),
+            "free_masks": ("max_projection", "mean_projection", "pairwise", "embedding"),
+        }[self.supervision]
+        terms = [name for name in names if name == "dice" or getattr(self.losses, name) > 0]
+        return ("loss", "loss/category", *(f"loss/{term}" for term in terms), *LOOP_METRICS)
+
 
 class PredictSettings(Settings):
     """One batch inference; the defaults are self-training's (arXiv:2202.12181, sec. 3.2)."""
@@ -351,3 +366,44 @@ class PredictSettings(Settings):
     max_width: Fraction = 0.95  # masks on this share of the columns or more are dropped; 1: none
     batch_size: Positive = 8
     max_bad_samples: Fraction = 0.001
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------
+
+
+class RangeSettings(Settings):
+    """The values that a sweep tries of one setting: one of these."""
+
+    choice: tuple[JsonValue, ...] | None = None  # each trial draws one
+    uniform: tuple[float, float] | None = None  # each trial draws from [low, high]
+    loguniform: tuple[float, float] | None = None  # likewise, its logarithm
+    grid: tuple[JsonValue, ...] | None = None  # each draw is tried with every one
+
+    @model_validator(mode="after")
+    def _is_one(self) -> RangeSettings:
+        given = {name: value for name, value in self if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"give one of choice, uniform, loguniform and grid, not {len(given)}")
+        ((kind, values),) = given.items()
+        if not values:
+            raise ValueError(f"{kind}: [] has nothing to try")
+        bounds = self.uniform or self.loguniform
+        if bounds is not None and bounds[0] >= bounds[1]:
+            raise ValueError(f"{kind}: {list(bounds)}: give [low, high]")
+        if self.loguniform is not None and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform: {list(self.loguniform)}: there is no logarithm of the first")
+        return self
+
+
+class TuneSettings(Settings):
+    """What a sweep tries, and which trial is the best."""
+
+    space: dict[str, RangeSettings] = Field(min_length=1)  # by dotted setting: train.optimizer.learning_rate
+    trials: Positive = 1  # draws from the space; each of them at every point of its grids
+    seed: NonNegative = 0  # of the draws
+    metric: str = "loss"  # any that the training reports
+    mode: Literal["min", "max"] = "min"
+    scheduler: Literal["asha", "median", "none"] = "asha"  # who stops trials that fall behind, at their checkpoints
+    grace_steps: Positive | None = None  # no trial is stopped before; None: not before its first checkpoint
+    reduction_factor: float = Field(default=3.0, gt=1.0)  # asha: of this many trials one goes on, at each rung
+    max_concurrent: Positive | None = None  # None: as many trials as the cluster has room for

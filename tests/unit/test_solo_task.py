@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from freesolo.models.resnet import freeze_batch_norm
-from freesolo.settings import LossSettings
+from freesolo.settings import LossSettings, TrainSettings
 from freesolo.solo.task import SoloTask, concatenate
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 from tests.small import small_solo
@@ -67,6 +67,16 @@ def test_losses_and_their_gradients(supervision, names):
     assert idle == (
         set() if supervision == "free_masks" else {"segmenter.head.embedding_output." + n for n in ("weight", "bias")}
     )
+
+
+@pytest.mark.parametrize("supervision", ["free_masks", "masks", "boxes"])
+@pytest.mark.parametrize("losses", [LossSettings(), LossSettings(pairwise=0.0, embedding=0.0, dice=0.0)])
+def test_settings_name_the_losses_that_there_are(supervision, losses):
+    settings = TrainSettings.model_validate(
+        {"loop": {"steps": 1, "batch_size": 1}, "supervision": supervision, "losses": losses}
+    )
+    named = [name.removeprefix("loss/") for name in settings.metrics if name.startswith("loss/")]
+    assert named == list(task(supervision, losses)((WEAK,), 500))
 
 
 @pytest.mark.parametrize("supervision", ["free_masks", "masks"])
