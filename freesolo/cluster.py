@@ -121,6 +121,37 @@ def spare_cpus(resources: ResourceSettings, nodes: Sequence[Node], *, kinds_know
     )
 
 
+def trainings_at_once(resources: ResourceSettings, *, at_most: int) -> tuple[int, int]:
+    """How many trainings the connected cluster has room for beside each other, each with CPUs of its own for reading.
+
+    Args:
+        resources: Of each of them; their number of workers is fixed.
+        at_most: Of them.
+
+    Returns:
+        The number, and the CPUs that each may use for reading: no more than `resources.data_cpus`.
+
+    Raises:
+        UsageError: As `check_cluster`: not even one fits.
+    """
+    check_cluster(resources)
+    limits = _autoscaler_limits()
+    return share_out(resources, [Node(limits)] if limits else _nodes(), at_most=at_most, kinds_known=not limits)
+
+
+def share_out(
+    resources: ResourceSettings, nodes: Sequence[Node], *, at_most: int, kinds_known: bool = True
+) -> tuple[int, int]:
+    """As `trainings_at_once`, on some nodes on which at least one fits."""
+    fitting = [node for node in nodes if not kinds_known or _matches(node.labels, resources.label_selector)]
+    places = sum(_places(resources, node) for node in fitting)
+    cpus = sum(node.resources.get("CPU", 0.0) for node in nodes)
+    of_workers = resources.min_workers * resources.cpus_per_worker
+    count = int(min(at_most, places // resources.min_workers, cpus // (of_workers + DATA_CPUS)))
+    spare = int(cpus // count - of_workers)
+    return count, min(spare, resources.data_cpus or spare)
+
+
 def warn_of_nodes_without_labels(resources: ResourceSettings) -> None:
     """Say so if an elastic training may wait for a lost node although it could go on with fewer workers.
 

@@ -30,6 +30,7 @@ from freesolo.tracking.journal import Journal
 from freesolo.tracking.record import read_record
 from freesolo.tracking.server import resolve_server
 from freesolo.tracking.witness import TrackedRun, Witness
+from freesolo.train.control import BY_SIGNALS, TrainingControl
 from freesolo.train.pretraining import PretrainInputs, pretrain, pretrain_inputs
 from freesolo.train.segmentation import SegmenterInputs, choose_labels, segmenter_inputs, train_segmenter
 
@@ -42,7 +43,7 @@ def pretrain_stage(job: PretrainJob, folder: StageFolder, parent_url: str | None
     def work(inputs: PretrainInputs) -> StageResult:
         connect(job.resources)
         result = pretrain(job, inputs, folder, _tracked_run(job, folder, parent_url))
-        return _with_registration(result, job, folder)
+        return with_registration(result, job, folder)
 
     return run_stage(folder, what_is_made(job), partial(pretrain_inputs, job, folder.storage), work)
 
@@ -59,7 +60,9 @@ def extract_stage(job: ExtractJob, folder: StageFolder, parent_url: str | None =
     return run_stage(folder, what_is_made(job), partial(free_mask_labelling, job, storage=folder.storage), work)
 
 
-def train_stage(job: TrainJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:
+def train_stage(
+    job: TrainJob, folder: StageFolder, parent_url: str | None = None, *, control: TrainingControl = BY_SIGNALS
+) -> StageResult:
     """Train SOLO on a label set or on a data set's own annotations, or a fraction of those, and register it."""
 
     def prepare() -> SegmenterInputs:
@@ -70,8 +73,8 @@ def train_stage(job: TrainJob, folder: StageFolder, parent_url: str | None = Non
 
     def work(inputs: SegmenterInputs) -> StageResult:
         connect(job.resources)
-        result = train_segmenter(job, inputs, folder, _tracked_run(job, folder, parent_url))
-        return _with_registration(result, job, folder)
+        result = train_segmenter(job, inputs, folder, _tracked_run(job, folder, parent_url), control)
+        return with_registration(result, job, folder)
 
     return run_stage(folder, what_is_made(job), prepare, work)
 
@@ -199,7 +202,7 @@ def _labelled(folder: StageFolder, labels: str, result: LabellingResult, journal
     return StageResult(folder.stage, result.seconds, {"labels": labels}, counts, dict(rate))
 
 
-def _with_registration(result: StageResult, job: PretrainJob | TrainJob, folder: StageFolder) -> StageResult:
+def with_registration(result: StageResult, job: PretrainJob | TrainJob, folder: StageFolder) -> StageResult:
     """Register the stage's model, where the settings name one; its version joins the outputs."""
     name, server = job.tracking.registered_model, resolve_server(job.tracking, folder.storage)
     if name is None or server is None:

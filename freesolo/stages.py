@@ -132,7 +132,7 @@ def what_is_made(job: Job) -> dict[str, Any]:
     So a run that stopped for too many bad samples, or for want of workers, goes on under its name with others.
     """
     record: dict[str, Any] = job.model_dump(mode="json", exclude={"resources", "tracking", "bounds"})
-    return _without(record, "max_bad_samples")
+    return _without(_without(record, "max_bad_samples"), "max_concurrent")
 
 
 def _without(settings: dict[str, Any], name: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from freesolo.solo.postprocess import instances_from_predictions
 from freesolo.solo.task import SoloTask
 from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.witness import TrackedRun
+from freesolo.train.control import BY_SIGNALS, TrainingControl
 from freesolo.train.initial import InitialWeights, SharedWeights, read_initial_weights
 from freesolo.train.learner import Learner
 from freesolo.train.tasks import SoloTraining
@@ -106,7 +107,13 @@ def labels_url(folder: StageFolder, source: SubsetSource) -> str:
     return join(folder.run_url, f"labelled-{source.fraction!r}-seed-{source.seed}")
 
 
-def train_segmenter(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder, tracked: TrackedRun) -> StageResult:
+def train_segmenter(
+    job: TrainJob,
+    inputs: SegmenterInputs,
+    folder: StageFolder,
+    tracked: TrackedRun,
+    control: TrainingControl = BY_SIGNALS,
+) -> StageResult:
     """Train a segmenter on the cluster that this process is connected to.
 
     Args:
@@ -114,6 +121,7 @@ def train_segmenter(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder,
         inputs: What `segmenter_inputs` read and, for a fraction of the labels, `choose_labels` chose.
         folder: Where everything goes; what an earlier submission left there is gone on from.
         tracked: The MLflow run of this stage.
+        control: Who follows the training, and may stop it.
 
     Returns:
         `outputs["model"]`: the segmenter.
@@ -127,7 +135,7 @@ def train_segmenter(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder,
     weights = inputs.weights.share() if inputs.weights is not None else None
     build = partial(_build, job, inputs.manifest, labels, photos, weights)
     plan = TrainingPlan(folder, job, job.train.loop, tracked, build)
-    metrics = run_training(plan, job.resources)
+    metrics = run_training(plan, job.resources, control)
     counts = {"images": photos.manifest.samples, "steps": job.train.loop.steps}
     if labels is not None:
         counts["instances"] = labels.manifest.instances

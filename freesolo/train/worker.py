@@ -42,16 +42,16 @@ from freesolo.cluster import check_cluster, data_cpus, warn_of_nodes_without_lab
 from freesolo.config import Job
 from freesolo.data.files import join, write_atomic
 from freesolo.data.ingest import TrainingStream, configure_ray_data
-from freesolo.errors import JobError, UsageError
+from freesolo.errors import JobError, StoppedError, UsageError
 from freesolo.ops.collectives import from_all_workers, rank
 from freesolo.provenance import code_version, git_commit
 from freesolo.settings import LoopSettings, OptimizerSettings, ResourceSettings
 from freesolo.stages import StageFolder
-from freesolo.termination import on_termination
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import TrackedRun, Witness
 from freesolo.train.best import BestCheckpoint
 from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from freesolo.train.control import BY_SIGNALS, TrainingControl
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
 from freesolo.train.steps_shown import steps_shown
@@ -134,10 +134,17 @@ class Outcome:
     undelivered: str | None = None
 
 
-def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, float]:
+def run_training(
+    plan: TrainingPlan, resources: ResourceSettings, control: TrainingControl = BY_SIGNALS
+) -> dict[str, float]:
     """Train on the cluster's workers; goes on from the last checkpoint in the stage's folder.
 
     SIGTERM, which is also how `ray job stop` begins, makes the workers save a checkpoint and stop.
+
+    Args:
+        plan: What to do.
+        resources: How many workers, of what.
+        control: Who else follows the training, or stops it in the place of SIGTERM.
 
     Returns:
         The last metrics.
@@ -149,9 +156,10 @@ def run_training(plan: TrainingPlan, resources: ResourceSettings) -> dict[str, f
     """
     check_cluster(resources)
     warn_of_nodes_without_labels(resources)
-    with steps_shown(plan.folder.stage, plan.loop.steps) as board, on_termination(board.stop.remote):
+    with steps_shown(plan.folder.stage, plan.loop.steps) as board, control.stoppable(board.stop.remote):
         try:
-            result = _fit(_trainer(plan, resources, {"plan": plan, "resources": resources, "board": board}))
+            config = {"plan": plan, "resources": resources, "board": board}
+            result = _fit(_trainer(plan, resources, config, control))
         except (TrainingFailedError, OSError) as error:  # OSError: the store, before any worker was started
             raise JobError(
                 f"{plan.folder.url}: training failed: {_reason(error)}; run the same again to go on"
@@ -189,7 +197,9 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
             signal.signal(signal.SIGINT, before)
 
 
-def _trainer(plan: TrainingPlan, resources: ResourceSettings, config: dict[str, Any]) -> TorchTrainer:
+def _trainer(
+    plan: TrainingPlan, resources: ResourceSettings, config: dict[str, Any], control: TrainingControl
+) -> TorchTrainer:
     storage, filesystem = checkpoint_storage(plan.folder.url)
     return TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray's stubs are of Train V1, whose functions returned nothing
@@ -210,6 +220,7 @@ def _trainer(plan: TrainingPlan, resources: ResourceSettings, config: dict[str, 
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=plan.loop.keep_checkpoints),
+            callbacks=list(control.callbacks),  # type: ignore[arg-type]  # as above
         ),
     )
 
@@ -293,6 +304,13 @@ def _load(checkpoint: Checkpoint, learner: Learner) -> Progress:
         return load_checkpoint(folder, learner, name=checkpoint.path)
 
 
+def _status(error: BaseException | None) -> Literal["FINISHED", "FAILED", "KILLED"]:
+    """What MLflow calls it."""
+    if error is None:
+        return "FINISHED"
+    return "KILLED" if isinstance(error, StoppedError) else "FAILED"
+
+
 class _RunRecorder:
     """Keeps what the loop tells: metrics and pictures by worker 0, checkpoints by all together."""
 
@@ -327,14 +345,14 @@ class _RunRecorder:
         if not self._leads:
             return
         try:
-            self._close("FINISHED" if error is None else "FAILED")
+            self._close(_status(error))
         except (UsageError, JobError) as another:
             # What this worker alone met must not take the place of what all of them know.
             if error is None:
                 raise
             _LOG.warning("%s", another)
 
-    def _close(self, status: Literal["FINISHED", "FAILED"]) -> None:
+    def _close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         self._best.close()
         self._journal.flush()
         delivery = self._witness.close(status)
@@ -428,7 +446,7 @@ class _RunRecorder:
             self._best.offer(Path(folder), name, sum(self._losses) / len(self._losses))
             self._losses = []
         ray.train.report(
-            {"step": progress.step},
+            {**self.last_metrics, "step": progress.step},
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,

@@ -16,6 +16,7 @@ from freesolo.config import (
     PredictJob,
     PretrainJob,
     TrainJob,
+    TuneJob,
     load_config,
 )
 
@@ -26,6 +27,7 @@ JOBS: dict[str, tuple[type[Job], str]] = {
     "extract": (ExtractJob, "extract_free_masks"),
     "train": (TrainJob, "train_solo"),
     "fine_tune": (FineTuneJob, "fine_tune"),
+    "tune": (TuneJob, "tune_solo"),
     "predict": (PredictJob, "predict"),
     "evaluate": (EvaluateJob, "evaluate"),
     "pipeline": (PipelineJob, "run_pipeline"),

@@ -1,0 +1,195 @@
+"""Sweeps under Ray Tune, with real trainings: some are stopped early, a driver is killed, and the best is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from mlflow import MlflowClient
+
+from freesolo.config import TrainJob, TuneJob, load_config, parse_config
+from freesolo.data.pack import pack
+from freesolo.data.scenes import compose_scenes
+from freesolo.errors import JobError, UsageError
+from freesolo.jobs import train_stage
+from freesolo.stages import StageFolder
+from freesolo.tracking.journal import read_journal
+from freesolo.tracking.record import read_record
+from freesolo.tuning import tune_stage
+from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
+from tests.small import small_solo
+
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.timeout(600),
+    *IGNORE_WARNINGS_OF_RAY_TRAIN,
+]
+# Nothing is learned with the first two, much with the last.
+RATES = [1.0e-7, 1.0e-6, 1.0e-5, 1.0e-3, 3.0e-3, 1.0e-2]
+
+# What the job does, in a process and with a cluster of its own, so that all of it can be killed.
+KILLED_JOB = """
+import sys, ray
+from freesolo.config import TuneJob
+from freesolo.stages import StageFolder
+from freesolo.tuning import tune_stage
+ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+tune_stage(TuneJob.model_validate_json(sys.argv[1]), StageFolder(sys.argv[2], "run", "tune"))
+"""
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An annotated data set of 8 scenes in 2 shards."""
+    folder = tmp_path_factory.mktemp("scenes")
+    annotations = compose_scenes(str(folder / "photos"), 8, size=96, seed=0)
+    pack(annotations, str(folder / "data"), samples_per_shard=4)
+    return str(folder / "data")
+
+
+def tune_job(dataset: str, tracking: dict[str, Any], *, steps: int = 4, **settings: Any) -> TuneJob:
+    raw = {
+        "dataset": dataset,
+        "tracking": tracking,
+        "train": {
+            "model": small_solo().model_dump(mode="json"),
+            "supervision": "masks",
+            "views": {"short_sides": [64], "strong": False},
+            "optimizer": {"learning_rate": 0.01},
+            "loop": {"steps": steps, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "record_samples": True},
+        },
+        "tune": {"space": {"train.optimizer.learning_rate": {"grid": RATES}}, **settings},
+    }
+    return parse_config(TuneJob, raw, source="test")
+
+
+def last_loss(folder: StageFolder, trial: str) -> float:
+    return read_journal(folder.sibling(trial).url)[-1].metrics["loss"]
+
+
+def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(scenes: str, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    job = tune_job(scenes, {"uri": uri, "registered_model": "solo"}, steps=12, scheduler="asha", reduction_factor=2.0)
+    folder = StageFolder(str(tmp_path), "run", "tune")
+    result = tune_stage(job, folder)
+    counts = result.counts
+    assert counts["trials"] == 6
+    assert counts["trials finished"] >= 1
+    assert counts["trials stopped early"] >= 1
+    assert counts["trials failed"] == 0
+
+    names = [f"trial-{number:05d}" for number in range(6)]
+    finished = [name for name in names if Path(folder.sibling(name).url, "result.json").exists()]
+    stopped = [name for name in names if name not in finished]
+    assert len(finished) == counts["trials finished"]
+    best = min(finished, key=lambda name: last_loss(folder, name))
+    assert result.outputs["trial"] == best
+    assert result.metrics == {"loss": last_loss(folder, best)}
+    rate = RATES[names.index(best)]
+    assert json.loads(result.outputs["values"]) == {"train.optimizer.learning_rate": rate}
+
+    client = MlflowClient(uri)
+    parent = read_record(folder.url)
+    assert parent is not None
+    for name in names:
+        record = read_record(folder.sibling(name).url)
+        assert record is not None
+        run = client.get_run(str(record.run_id))
+        assert run.info.status == ("FINISHED" if name in finished else "KILLED"), name
+        assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    version = client.get_model_version_by_alias("solo", "candidate")
+    assert result.outputs["registered"] == f"models:/solo/{version.version}"
+    assert len(client.search_model_versions("name = 'solo'")) == 1
+    record = read_record(folder.sibling(best).url)
+    assert record is not None
+    assert version.run_id == record.run_id
+
+    # What was stopped has given back what it had: the cluster is as free as before.
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.2)
+    for name in stopped:
+        assert not list(Path(folder.sibling(name).url, ".lease").glob("*.json")), name
+
+    again = load_config(TrainJob, result.outputs["config"])
+    assert again.train.optimizer.learning_rate == rate
+    assert again.tracking.registered_model == "solo"
+    off = again.model_copy(update={"tracking": again.tracking.model_copy(update={"uri": "off"})})
+    alone = train_stage(off, StageFolder(str(tmp_path), "alone", "solo"))
+    assert alone.metrics["loss"] == last_loss(folder, best), "the same settings train the same model"
+    assert tune_stage(job, folder) == result, "a finished sweep is not done again"
+
+
+def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, tmp_path: Path) -> None:
+    job = tune_job(scenes, {"uri": "off"}, scheduler="none")
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(6)]
+    with (tmp_path / "killed.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED_JOB, job.model_dump_json(), str(tmp_path)],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while not any((trial / "result.json").exists() for trial in trials):
+                assert process.poll() is None, (tmp_path / "killed.log").read_text()[-4000:]
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            kill_all(process)
+    done = [trial for trial in trials if (trial / "result.json").exists()]
+    assert 0 < len(done) < 6, "the driver was not killed in the middle"
+    before = {trial: (trial / "model.pt").stat().st_mtime_ns for trial in done}
+
+    folder = StageFolder(str(tmp_path), "run", "tune")
+    result = tune_stage(job, folder)
+    assert result.counts["trials finished"] == 6
+    assert {trial: (trial / "model.pt").stat().st_mtime_ns for trial in done} == before, "done again"
+    undisturbed = StageFolder(str(tmp_path), "undisturbed", "tune")
+    expected = tune_stage(job, undisturbed)
+    assert result.metrics == expected.metrics
+    assert result.outputs["trial"] == expected.outputs["trial"]
+    for trial in trials:
+        assert last_loss(folder, trial.name) == last_loss(undisturbed, trial.name)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a process and all that it started."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(30)
+
+
+def test_a_trial_that_diverges_is_the_worst_and_where_all_do_the_sweep_says_why(scenes: str, tmp_path: Path) -> None:
+    space = {"train.optimizer.learning_rate": {"grid": [1.0e30]}}
+    job = tune_job(scenes, {"uri": "off"}, scheduler="median", space=space)
+    with pytest.raises(JobError, match=r"none of 1 trials went to the end: step .* a loss is not finite"):
+        tune_stage(job, StageFolder(str(tmp_path), "run", "tune"))
+
+
+def test_what_cannot_be_is_refused_before_anything_is_started(scenes: str, tmp_path: Path) -> None:
+    job = tune_job(scenes, {"uri": "off"})
+    folder = StageFolder(str(tmp_path), "run", "tune")
+    nowhere = job.model_copy(update={"dataset": str(tmp_path / "nowhere")})
+    with pytest.raises(UsageError, match="nowhere"):
+        tune_stage(nowhere, folder)
+    large = job.model_copy(update={"resources": job.resources.model_copy(update={"workers": 6})})
+    with pytest.raises(UsageError, match="do not fit the Ray cluster: it has 6 CPUs"):
+        tune_stage(large, folder)
+    assert not list(tmp_path.rglob("trial-*"))
