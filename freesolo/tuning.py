@@ -14,6 +14,7 @@ sweep needs to go on. Tune's own snapshots, which would have to be unpickled fro
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -270,7 +271,8 @@ def _run_trials(sweep: _Sweep, settings: TuneSettings) -> dict[int, str]:
             name="ray-tune", storage_path=storage, storage_filesystem=filesystem, callbacks=[keeper], verbose=0
         ),
     )
-    tuner.fit()
+    with redirect_stdout(io.StringIO()):  # a job's only line there is its result; Tune prints whatever its verbosity
+        tuner.fit()
     if not all(sweep.over(number) or number in keeper.failed for number in numbers):
         raise KeyboardInterrupt
     return keeper.failed

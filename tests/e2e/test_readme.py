@@ -33,6 +33,7 @@ RUN_ELSEWHERE = {
     "make image": "tests/image/test_built_image.py",
     "freesolo pack": "Makefile",
     "python jobs/run_pipeline.py": "tests/e2e/test_pipeline.py",
+    "python jobs/tune_solo.py": "tests/integration/test_tuning.py",
     "freesolo predict": "tests/e2e/test_pipeline.py",
     "freesolo inspect": "tests/e2e/test_pipeline.py",
     "freesolo export coco": "tests/e2e/test_pipeline.py",
@@ -88,8 +89,7 @@ def stage_commands() -> dict[str, list[str]]:
     """The arguments of each stage's job, in README's order."""
     words = [command.split(maxsplit=2) for command in readme_commands() if command.startswith("python jobs/")]
     jobs = {Path(script).stem: shlex.split(arguments) for _, script, arguments in words}
-    jobs.pop("run_pipeline")
-    return jobs
+    return {job: arguments for job, arguments in jobs.items() if f"python jobs/{job}.py" not in RUN_ELSEWHERE}
 
 
 def test_each_command_is_run_somewhere() -> None:

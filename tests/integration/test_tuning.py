@@ -16,7 +16,7 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from freesolo.config import TrainJob, TuneJob, load_config, parse_config
+from freesolo.config import TrainJob, TuneJob, dump_config, load_config, parse_config
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.errors import JobError, UsageError
@@ -36,15 +36,7 @@ pytestmark = [
 # Nothing is learned with the first two, much with the last.
 RATES = [1.0e-7, 1.0e-6, 1.0e-5, 1.0e-3, 3.0e-3, 1.0e-2]
 
-# What the job does, in a process and with a cluster of its own, so that all of it can be killed.
-KILLED_JOB = """
-import sys, ray
-from freesolo.config import TuneJob
-from freesolo.stages import StageFolder
-from freesolo.tuning import tune_stage
-ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
-tune_stage(TuneJob.model_validate_json(sys.argv[1]), StageFolder(sys.argv[2], "run", "tune"))
-"""
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +126,13 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, t
     job = tune_job(scenes, {"uri": "off"}, scheduler="none")
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(6)]
+    (tmp_path / "sweep.yaml").write_text(dump_config(job))
+    arguments = ["--config", str(tmp_path / "sweep.yaml"), "--run-name", "run", "--storage", str(tmp_path)]
     with (tmp_path / "killed.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", KILLED_JOB, job.model_dump_json(), str(tmp_path)],
-            env=environment,
+            [sys.executable, "jobs/tune_solo.py", *arguments],
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
