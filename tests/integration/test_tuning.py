@@ -48,7 +48,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "data")
 
 
-def tune_job(dataset: str, tracking: dict[str, Any], *, steps: int = 4, **settings: Any) -> TuneJob:
+def tune_job(
+    dataset: str, tracking: dict[str, Any], *, steps: int = 4, space: dict[str, Any] | None = None, **settings: Any
+) -> TuneJob:
     raw = {
         "dataset": dataset,
         "tracking": tracking,
@@ -57,9 +59,9 @@ def tune_job(dataset: str, tracking: dict[str, Any], *, steps: int = 4, **settin
             "supervision": "masks",
             "views": {"short_sides": [64], "strong": False},
             "optimizer": {"learning_rate": 0.01},
-            "loop": {"steps": steps, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "record_samples": True},
+            "loop": {"steps": steps, "batch_size": 4, "log_every": 1, "checkpoint_every": 2},
         },
-        "tune": {"space": {"train.optimizer.learning_rate": {"grid": RATES}}, **settings},
+        "tune": {"space": space or {"train.optimizer.learning_rate": {"grid": RATES}}, **settings},
     }
     return parse_config(TuneJob, raw, source="test")
 
@@ -123,9 +125,12 @@ def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(
 
 
 def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, tmp_path: Path) -> None:
-    job = tune_job(scenes, {"uri": "off"}, scheduler="none")
+    """Three trials, one after the other; when one has a checkpoint behind it, all of the job's processes are killed."""
+    space = {"train.optimizer.learning_rate": {"grid": [1.0e-5, 1.0e-2, 1.0e-3]}}
+    job = tune_job(scenes, {"uri": "off"}, scheduler="none", max_concurrent=1, space=space, steps=6)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(6)]
+    folder = StageFolder(str(tmp_path), "run", "tune")
+    trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(3)]
     (tmp_path / "sweep.yaml").write_text(dump_config(job))
     arguments = ["--config", str(tmp_path / "sweep.yaml"), "--run-name", "run", "--storage", str(tmp_path)]
     with (tmp_path / "killed.log").open("wb") as log:
@@ -138,26 +143,29 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, t
         )
         try:
             deadline = time.monotonic() + 300
-            while not any((trial / "result.json").exists() for trial in trials):
+            while not list(trials[1].glob("checkpoints/step-*/learner.pt")):
                 assert process.poll() is None, (tmp_path / "killed.log").read_text()[-4000:]
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         finally:
             kill_all(process)
-    done = [trial for trial in trials if (trial / "result.json").exists()]
-    assert 0 < len(done) < 6, "the driver was not killed in the middle"
-    before = {trial: (trial / "model.pt").stat().st_mtime_ns for trial in done}
+    assert [(trial / "result.json").exists() for trial in trials] == [True, False, False], "killed in the middle"
+    before = (trials[0] / "model.pt").stat().st_mtime_ns
 
-    folder = StageFolder(str(tmp_path), "run", "tune")
     result = tune_stage(job, folder)
-    assert result.counts["trials finished"] == 6
-    assert {trial: (trial / "model.pt").stat().st_mtime_ns for trial in done} == before, "done again"
-    undisturbed = StageFolder(str(tmp_path), "undisturbed", "tune")
-    expected = tune_stage(job, undisturbed)
-    assert result.metrics == expected.metrics
-    assert result.outputs["trial"] == expected.outputs["trial"]
-    for trial in trials:
-        assert last_loss(folder, trial.name) == last_loss(undisturbed, trial.name)
+    assert result.counts["trials finished"] == 3
+    assert (trials[0] / "model.pt").stat().st_mtime_ns == before, "what was finished is not done again"
+    for number, trial in enumerate(trials):
+        assert [entry.step for entry in read_journal(str(trial))] == [1, 2, 3, 4, 5, 6], trial
+        assert (
+            json.loads((trial / "settings.json").read_text())["train"]["optimizer"]["learning_rate"]
+            == (job.trials()[number]["train.optimizer.learning_rate"])
+        )
+    best = min(trials, key=lambda trial: last_loss(folder, trial.name))
+    assert result.outputs["trial"] == best.name
+    undisturbed = StageFolder(str(tmp_path), "undisturbed", "solo")
+    train_stage(job.trial_job(job.trials()[1]), undisturbed)
+    assert last_loss(undisturbed, "solo") == last_loss(folder, trials[1].name), "the trial that was killed"
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
