@@ -215,7 +215,7 @@ class _Sweep:
         """Of the file that says that a trial was stopped early, and where."""
         return join(self.folder_of(number).url, "stopped.json")
 
-    def reports(self, number: int) -> list[dict[str, float]]:
+    def reports(self, number: int) -> list[dict[str, Any]]:
         """What a trial's journal says of the metric, ascending by step; after an early stop no more."""
         stopped = None
         if not self.finished(number) and exists(self.stopped_url(number)):
@@ -255,6 +255,8 @@ def _run_trials(sweep: _Sweep, settings: TuneSettings) -> dict[int, str]:
     _LOG.info("%d trials, %d of them to be done, %d at once", len(sweep.jobs), len(left), sweep.at_once)
     storage, filesystem = checkpoint_storage(sweep.folder.url)
     keeper = _Keeper(sweep)
+    for told_by_the_keeper in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis"):
+        logging.getLogger(told_by_the_keeper).setLevel(logging.CRITICAL)
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # the keeper does, in a line
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the journals hold it all
     tuner = tune.Tuner(
@@ -268,7 +270,12 @@ def _run_trials(sweep: _Sweep, settings: TuneSettings) -> dict[int, str]:
             max_concurrent_trials=sweep.at_once,
         ),
         run_config=tune.RunConfig(
-            name="ray-tune", storage_path=storage, storage_filesystem=filesystem, callbacks=[keeper], verbose=0
+            name="ray-tune",
+            storage_path=storage,
+            storage_filesystem=filesystem,
+            callbacks=[keeper],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trainings have their own
+            verbose=0,
         ),
     )
     with redirect_stdout(io.StringIO()):  # a job's only line there is its result; Tune prints whatever its verbosity
@@ -378,11 +385,11 @@ class Trial(tune.Trainable):
             self._thread.join(STOP_SECONDS)
         self._queue.shutdown(force=True)
 
-    def _tell(self, report: dict[str, float]) -> dict[str, float]:
+    def _tell(self, report: dict[str, Any]) -> dict[str, Any]:
         self._told = report["step"]
         return report
 
-    def _next_report(self) -> dict[str, float] | None:
+    def _next_report(self) -> dict[str, Any] | None:
         """The next report of a new step that Tune may decide on, if there is one soon."""
         try:
             metrics = self._queue.get(timeout=_LOOK_SECONDS)

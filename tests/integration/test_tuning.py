@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused_before_anything_is_started(scenes: str, tmp_p
     nowhere = job.model_copy(update={"dataset": str(tmp_path / "nowhere")})
     with pytest.raises(UsageError, match="nowhere"):
         tune_stage(nowhere, folder)
-    large = job.model_copy(update={"resources": job.resources.model_copy(update={"workers": 6})})
+    large = job.model_copy(update={"resources": job.resources.model_copy(update={"cpus_per_worker": 6})})
     with pytest.raises(UsageError, match="do not fit the Ray cluster: it has 6 CPUs"):
         tune_stage(large, folder)
     assert not list(tmp_path.rglob("trial-*"))
