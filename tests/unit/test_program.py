@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jaxtyping
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -94,8 +95,6 @@ def test_a_program_of_torch_export_says_the_same(segmenter: Segmenter, traced: T
 
 
 def test_onnx_says_the_same(segmenter: Segmenter, traced: TracedSegmenter, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
     save_onnx(traced, tmp_path / "segmenter.onnx", {"sha256": "0a"})
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
