@@ -105,19 +105,17 @@ class TrainJob(Job):
         return self
 
 
-class TuneJob(Job):
-    """`jobs/tune_solo.py`: many of `jobs/train_solo.py`, which differ in some settings; the best is kept."""
+class TuneJob(TrainJob):
+    """`jobs/tune_solo.py`: many of `jobs/train_solo.py`, which share these settings but for some; the best is kept."""
 
-    dataset: Url
-    labels: Url | None = None  # as TrainJob's
-    train: TrainSettings  # what all trials share
     tune: TuneSettings
 
     @model_validator(mode="after")
     def _trials_are_right(self) -> TuneJob:
         if self.resources.min_workers != self.resources.max_workers:
             raise ValueError("resources.workers: trials that run beside each other are not elastic: give one number")
-        check_space(TrainJob, ("dataset", "labels", "train"), self.tune.space)
+        of_a_training = tuple(name for name in TrainJob.model_fields if name not in Job.model_fields)
+        check_space(TrainJob, of_a_training, self.tune.space)
         for values in self.trials():
             job = self.trial_job(values)
             if self.tune.metric not in job.train.metrics:

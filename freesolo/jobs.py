@@ -65,18 +65,24 @@ def train_stage(
 ) -> StageResult:
     """Train SOLO on a label set or on a data set's own annotations, or a fraction of those, and register it."""
 
-    def prepare() -> SegmenterInputs:
-        inputs = segmenter_inputs(job, folder.storage)
-        if job.label_fraction < 1:
-            connect(job.resources)
-        return choose_labels(job, inputs, folder)
-
     def work(inputs: SegmenterInputs) -> StageResult:
         connect(job.resources)
         result = train_segmenter(job, inputs, folder, _tracked_run(job, folder, parent_url), control)
         return with_registration(result, job, folder)
 
-    return run_stage(folder, what_is_made(job), prepare, work)
+    return run_stage(folder, what_is_made(job), partial(training_inputs, job, folder), work)
+
+
+def training_inputs(job: TrainJob, folder: StageFolder) -> SegmenterInputs:
+    """What `train_stage` starts from. A fraction of the labels is chosen on the cluster; nothing is written.
+
+    Raises:
+        UsageError, JobError: As `segmenter_inputs` and `choose_labels`.
+    """
+    inputs = segmenter_inputs(job, folder.storage)
+    if job.label_fraction < 1:
+        connect(job.resources)
+    return choose_labels(job, inputs, folder)
 
 
 def predict_stage(job: PredictJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:

@@ -38,14 +38,16 @@ from ray.util.queue import Empty, Queue
 from freesolo.cluster import connect, trainings_at_once
 from freesolo.config import TrainJob, TuneJob, dump_config
 from freesolo.data.files import exists, join, read_bytes, write_atomic
+from freesolo.data.ingest import write_subset_on_cluster
+from freesolo.data.subset import Subset
 from freesolo.errors import JobError
-from freesolo.jobs import tell_dataset, train_stage, with_registration, witnessed
+from freesolo.jobs import tell_dataset, train_stage, training_inputs, with_registration, witnessed
 from freesolo.settings import TuneSettings
 from freesolo.space import Values
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking.journal import read_journal
 from freesolo.train.control import TrainingControl
-from freesolo.train.segmentation import segmenter_inputs
+from freesolo.train.segmentation import labels_url
 from freesolo.train.storage import checkpoint_storage
 
 STOP_SECONDS = 120.0
@@ -84,11 +86,13 @@ class Outcome:
 def tune_stage(job: TuneJob, folder: StageFolder) -> StageResult:
     """Train many times with other settings, and keep the best model and its configuration."""
 
-    def work(_: None) -> StageResult:
+    def work(subsets: Sequence[Subset]) -> StageResult:
         started = time.monotonic()
         connect(job.resources)
         with witnessed(job, folder, None) as (witness, journal):
             tell_dataset(witness, job.dataset)
+            for subset in subsets:  # before several trials want it at once
+                write_subset_on_cluster(subset, labels_url(folder, subset.source), bounds=job.bounds)
             sweep = _Sweep.of(job, folder)
             failed = _run_trials(sweep, job.tune)
             outcomes = [sweep.outcome(number, failed.get(number)) for number in range(len(sweep.jobs))]
@@ -108,24 +112,28 @@ def tune_stage(job: TuneJob, folder: StageFolder) -> StageResult:
         metrics: dict[str, float | None] = {job.tune.metric: best.metric}
         return replace(result, seconds=time.monotonic() - started, counts=counts, metrics=metrics)
 
-    return run_stage(folder, what_is_made(job), partial(_check_inputs, job, folder.storage), work)
+    return run_stage(folder, what_is_made(job), partial(_prepare, job, folder), work)
 
 
-def _check_inputs(job: TuneJob, storage: str) -> None:
+def _prepare(job: TuneJob, folder: StageFolder) -> list[Subset]:
     """See that the trials could start, once for all that start from the same.
 
+    Returns:
+        The fractions of the labels that are not written yet.
+
     Raises:
-        UsageError: As `segmenter_inputs`.
+        UsageError, JobError: As `training_inputs`.
     """
     different = {}
     for values in job.trials():
         trial = job.trial_job(values)
         starts_from = trial.model_dump_json(
-            include={"dataset": True, "labels": True, "train": {"model", "initial_weights"}}
+            include={name: True for name in ("dataset", "labels", "label_fraction", "label_seed")}
+            | {"train": {"model", "initial_weights"}}
         )
         different[starts_from] = trial
-    for trial in different.values():
-        segmenter_inputs(trial, storage)
+    inputs = [training_inputs(trial, folder) for trial in different.values()]
+    return [one.subset for one in inputs if one.subset is not None]
 
 
 def best_of(outcomes: Sequence[Outcome], mode: Literal["min", "max"]) -> Outcome:

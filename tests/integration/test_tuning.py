@@ -17,8 +17,10 @@ import ray
 from mlflow import MlflowClient
 
 from freesolo.config import TrainJob, TuneJob, dump_config, load_config, parse_config
+from freesolo.data.files import join
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
+from freesolo.data.shards import read_dataset_manifest
 from freesolo.errors import JobError, UsageError
 from freesolo.jobs import train_stage
 from freesolo.stages import StageFolder
@@ -73,6 +75,7 @@ def last_loss(folder: StageFolder, trial: str) -> float:
 def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(scenes: str, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     job = tune_job(scenes, {"uri": uri, "registered_model": "solo"}, steps=12, scheduler="asha", reduction_factor=2.0)
+    job = job.model_copy(update={"label_fraction": 0.75})  # two trials at once train on the same part of the photos
     folder = StageFolder(str(tmp_path), "run", "tune")
     result = tune_stage(job, folder)
     counts = result.counts
@@ -80,6 +83,7 @@ def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(
     assert counts["trials finished"] >= 1
     assert counts["trials stopped early"] >= 1
     assert counts["trials failed"] == 0
+    assert read_dataset_manifest(join(folder.run_url, "labelled-0.75-seed-0")).samples == 6
 
     names = [f"trial-{number:05d}" for number in range(6)]
     finished = [name for name in names if Path(folder.sibling(name).url, "result.json").exists()]
