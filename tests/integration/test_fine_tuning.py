@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +17,12 @@ from freesolo.data.files import join, list_files
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.data.shards import read_dataset_manifest, read_shard
-from freesolo.errors import UsageError
+from freesolo.errors import JobError, UsageError
 from freesolo.fine_tuning import fine_tune_stage, train_settings
-from freesolo.jobs import train_stage
+from freesolo.jobs import predict_stage, train_stage
 from freesolo.models.model_file import load_model, save_model
 from freesolo.solo.model import Segmenter
-from freesolo.stages import StageFolder
+from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.journal import read_journal
 from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 
@@ -113,10 +116,32 @@ def test_what_cannot_be_is_refused_before_anything_is_written(labelled: str, hel
     assert list_files(folder.run_url) == []
 
 
-def test_starts_and_fractions_side_by_side(labelled: str, held_out: str, freesolo_model: str, tmp_path: Path) -> None:
+def ends_at_the_second(stage: Callable[..., StageResult]) -> Callable[..., StageResult]:
+    """A stage that cannot be done a second time."""
+    calls = itertools.count(1)
+
+    def ends(*arguments: Any, **keywords: Any) -> StageResult:
+        if next(calls) == 2:
+            raise JobError("the end of the first attempt")
+        return stage(*arguments, **keywords)
+
+    return ends
+
+
+def test_starts_and_fractions_side_by_side(
+    labelled: str, held_out: str, freesolo_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two starts at two fractions; the first attempt ends behind the second training."""
     folder = StageFolder(str(tmp_path), "run", "fine-tuning")
     job = job_of(labelled, held_out, f"starts={{FreeSOLO: {freesolo_model}, nothing: null}}", "train.loop.steps=2")
+    with monkeypatch.context() as patch:
+        patch.setattr("freesolo.fine_tuning.predict_stage", ends_at_the_second(predict_stage))
+        with pytest.raises(JobError, match="the end of the first attempt"):
+            fine_tune_stage(job, folder)
+    models = {path: path.stat().st_mtime_ns for path in Path(folder.run_url).glob("train-*/model.pt")}
+    assert len(models) == 2
     result = fine_tune_stage(job, folder)
+    assert all(path.stat().st_mtime_ns == written for path, written in models.items()), "trained again"
     names = [f"{start} at {percent} percent" for percent in (25, 100) for start in ("FreeSOLO", "nothing")]
     for name in names:
         for metric in ("segm/AP", "category/AP", "category/AP/odd"):
