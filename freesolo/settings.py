@@ -20,6 +20,7 @@ MAX_INSTANCES = 1000  # of a photo, in what is written and what is read: the mas
 Instances = Annotated[int, Field(gt=0, le=MAX_INSTANCES)]
 # `_caffe`: the stride of a block is in its first 1x1 convolution, as in MSRA's weights, those of detectron2's models.
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet50_caffe", "resnet101_caffe"]
+SupervisionKind = Literal["free_masks", "masks", "boxes"]
 
 
 def absolute_url(url: str) -> str:
@@ -335,7 +336,7 @@ class TrainSettings(Settings):
     """One SOLO training."""
 
     model: SoloModelSettings = SoloModelSettings()
-    supervision: Literal["free_masks", "masks", "boxes"] = "free_masks"
+    supervision: SupervisionKind = "free_masks"
     initial_weights: Weights | None = None  # backbone or segmenter: path, URL or models:/name@alias
     freeze_batch_norm: bool = False
     losses: LossSettings = LossSettings()

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from freesolo.ops.affinity import colour_similarity
 from freesolo.ops.collectives import sum_over_workers, world_size
 from freesolo.ops.images import normalize
-from freesolo.settings import LossSettings, SoloModelSettings
-from freesolo.solo.heads.base import MASK_STRIDE
-from freesolo.solo.losses import box_regions, free_mask_losses, mask_losses
+from freesolo.settings import LossSettings, SoloModelSettings, SupervisionKind
 from freesolo.solo.model import Segmenter
+from freesolo.solo.supervisions.base import Supervision
+from freesolo.solo.supervisions.boxes import Boxes
+from freesolo.solo.supervisions.free_masks import FreeMasks
+from freesolo.solo.supervisions.masks import Masks
 from freesolo.solo.targets import assign_targets, count_slots
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 
-Supervision = Literal["free_masks", "masks", "boxes"]
+SUPERVISIONS: dict[SupervisionKind, Supervision] = {"free_masks": FreeMasks(), "masks": Masks(), "boxes": Boxes()}
+"""By `TrainSettings.supervision`."""
 
 
 class SoloTask(nn.Module):
@@ -30,65 +30,47 @@ class SoloTask(nn.Module):
 
     Attributes:
         segmenter: What is trained.
-        supervision: Whether masks are coarse, right, or not looked at: BoxInst (arXiv:2012.02310) has boxes alone.
+        supervision: What labels are trusted for.
         losses: Weights.
     """
 
-    def __init__(self, model: SoloModelSettings, supervision: Supervision, losses: LossSettings) -> None:
+    def __init__(self, model: SoloModelSettings, supervision: SupervisionKind, losses: LossSettings) -> None:
         """Build the network; its values are undefined until `initialise` or a checkpoint sets them."""
         super().__init__()
         self.segmenter = Segmenter(model)
-        self.supervision = supervision
-        # A box says where an object ends, and neither how full its rows are nor what it looks like.
-        boxes = {"mean_projection": 0.0, "embedding": 0.0}
-        self.losses = losses.model_copy(update=boxes) if supervision == "boxes" else losses
+        self.supervision = SUPERVISIONS[supervision]
+        self.losses = losses
 
     def forward(self, views: Sequence[SegmentationBatch], step: int) -> dict[str, Float[Tensor, ""]]:
         """The weighted losses of one step, whose sum is what to minimise.
 
-        Views of a batch are trained together, as one batch. The pairwise term compares the colours of each view as it
-        is: in a strong view those are jittered and have erased patches, the same that the network sees.
+        Views of a batch are trained together, as one batch.
 
         Args:
             views: Weak alone, or weak and strong; all over one padded extent, divisible by 32. Pixels in 0..255.
             step: Optimiser steps taken so far.
 
         Returns:
-            See `free_mask_losses` and `mask_losses`.
+            Of the supervision.
 
         Raises:
             ValueError: If the extents differ or are not divisible by 32.
         """
         batch = concatenate(views)
-        instances = batch.instances
-        if self.supervision == "boxes":  # from here on nobody knows the masks
-            instances = replace(instances, masks=box_regions(instances.masks))
+        instances = self.supervision.trusted(batch.instances)
         height, width = batch.images.pixels.shape[-2:]
         targets = assign_targets(instances, len(batch), height, width, self.segmenter.settings)
         counts = count_slots(targets)  # sent before the forward pass, so that nothing waits for it after
         predictions = self.segmenter(normalize(batch.images.pixels))
         slots_per_image = counts.wait()
-        if self.supervision == "masks":
-            return mask_losses(
-                self.segmenter.head,
-                predictions,
-                targets,
-                instances,
-                self.losses,
-                slots_per_image=slots_per_image,
-                sum_over_workers=sum_over_workers,
-                num_workers=world_size(),
-            )
-        similarity = colour_similarity(batch.images.pixels, batch.images.valid_pixels(), stride=MASK_STRIDE)
-        return free_mask_losses(
+        return self.supervision.losses(
             self.segmenter.head,
             predictions,
             targets,
+            batch.images,
             instances,
-            similarity,
             self.losses,
             step=step,
-            empty_images="background" if self.supervision == "boxes" else "unknown",
             slots_per_image=slots_per_image,
             sum_over_workers=sum_over_workers,
             num_workers=world_size(),

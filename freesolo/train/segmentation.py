@@ -27,7 +27,7 @@ from freesolo.ops.images import normalize
 from freesolo.report.pictures import contact_sheet, draw_masks
 from freesolo.solo.model import Segmenter
 from freesolo.solo.postprocess import instances_from_predictions
-from freesolo.solo.task import SoloTask
+from freesolo.solo.task import SUPERVISIONS, SoloTask
 from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.witness import TrackedRun
 from freesolo.train.control import BY_SIGNALS, TrainingControl
@@ -218,7 +218,7 @@ def _build(
         view=SegmentationView(
             settings.views,
             settings.model.embedding_channels,
-            boxes_alone=settings.supervision == "boxes",
+            boxes_alone=SUPERVISIONS[settings.supervision].boxes_alone,
             category_ids=tuple(category["id"] for category in _categories(job, manifest, labels)),
         ),
         collate=collate_photos,

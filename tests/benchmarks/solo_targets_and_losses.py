@@ -22,7 +22,8 @@ from freesolo.ops.affinity import colour_similarity
 from freesolo.settings import HeadSettings, LossSettings, SoloModelSettings
 from freesolo.solo.heads.base import MASK_STRIDE
 from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
-from freesolo.solo.losses import free_mask_losses, mask_losses
+from freesolo.solo.supervisions.free_masks import free_mask_losses
+from freesolo.solo.supervisions.masks import mask_losses
 from freesolo.solo.targets import assign_targets, mask_targets
 from freesolo.types import GridTargets, Instances, SegmentationBatch
 from tests.benchmarks.measure import Benchmark, Case

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from freesolo.ops.masks import boxes_xyxy
-from freesolo.settings import LoopSettings, LossSettings, OptimizerSettings, SegmentationViewSettings, SoloModelSettings
-from freesolo.solo.task import SoloTask, Supervision
+from freesolo.settings import (
+    LoopSettings,
+    LossSettings,
+    OptimizerSettings,
+    SegmentationViewSettings,
+    SoloModelSettings,
+    SupervisionKind,
+)
+from freesolo.solo.task import SoloTask
 from freesolo.train.learner import Learner
 from freesolo.train.tasks import SoloTraining
 from freesolo.types import SegmentationBatch
@@ -56,7 +63,7 @@ def cases(device: torch.device, images: int = 4, model: SoloModelSettings | None
 
 
 def solo_step(
-    batch: SegmentationBatch, device: torch.device, supervision: Supervision, model: SoloModelSettings
+    batch: SegmentationBatch, device: torch.device, supervision: SupervisionKind, model: SoloModelSettings
 ) -> Callable[[], Tensor]:
     """What the training loop does with a batch that is on the device; gives the loss."""
     task = SoloTask(model, supervision, LossSettings())

@@ -22,9 +22,9 @@ from freesolo.ops.images import normalize, pad_to_batch
 from freesolo.ops.mask_storage import rle_from_coco
 from freesolo.ops.masks import decode_rle, encode_rle
 from freesolo.ops.sizes import resized_size
-from freesolo.settings import HeadSettings, InferenceSettings, LossSettings, SoloModelSettings
+from freesolo.settings import HeadSettings, InferenceSettings, LossSettings, SoloModelSettings, SupervisionKind
 from freesolo.solo.postprocess import instances_from_predictions
-from freesolo.solo.task import SoloTask, Supervision
+from freesolo.solo.task import SoloTask
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 
 DATA = Path(os.environ.get("FREESOLO_TEST_DATA", Path(__file__).parents[3] / "shared/data")) / "coco-train-470"
@@ -166,7 +166,7 @@ def draw(photos: list[dict], predicted: list[Instances], folder: Path) -> None:
     ],
 )
 def test_eight_photos_are_learned_by_heart(
-    kind: str, supervision: Supervision, losses: LossSettings, least_ap50: float, tmp_path: Path
+    kind: str, supervision: SupervisionKind, losses: LossSettings, least_ap50: float, tmp_path: Path
 ) -> None:
     if not (DATA / "instances.json").is_file():
         pytest.skip(f"no photos: {DATA} is absent (FREESOLO_TEST_DATA names the folder that holds coco-train-470)")

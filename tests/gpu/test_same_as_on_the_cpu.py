@@ -25,11 +25,12 @@ from freesolo.settings import (
     LossSettings,
     PredictSettings,
     SegmentationViewSettings,
+    SupervisionKind,
     ViewSettings,
 )
 from freesolo.solo.model import Segmenter
 from freesolo.solo.targets import assign_targets
-from freesolo.solo.task import SoloTask, Supervision
+from freesolo.solo.task import SoloTask
 from freesolo.types import SegmentationBatch, ViewPair
 from tests.benchmarks.synthetic import crowded_ellipses, photo, segmentation_batch, smooth_noise
 from tests.small import small_solo
@@ -73,7 +74,7 @@ def assert_same_training(make: Callable[[], nn.Module], inputs: Any, on_gpu: Any
 
 
 @pytest.mark.parametrize("supervision", ["masks", "free_masks"])
-def test_solo_losses_and_gradients(gpu: torch.device, supervision: Supervision) -> None:
+def test_solo_losses_and_gradients(gpu: torch.device, supervision: SupervisionKind) -> None:
     def make() -> SoloTask:
         return SoloTask(MODEL, supervision, LossSettings()).initialise(generator())
 

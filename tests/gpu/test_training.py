@@ -21,9 +21,10 @@ from freesolo.settings import (
     LossSettings,
     OptimizerSettings,
     SegmentationViewSettings,
+    SupervisionKind,
     ViewSettings,
 )
-from freesolo.solo.task import SoloTask, Supervision
+from freesolo.solo.task import SoloTask
 from freesolo.train.learner import Learner, Task
 from freesolo.train.loop import Progress, train
 from freesolo.train.tasks import DenseCLTraining, SoloTraining
@@ -43,7 +44,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def solo(supervision: Supervision = "free_masks", *, strong: bool = True) -> SoloTraining:
+def solo(supervision: SupervisionKind = "free_masks", *, strong: bool = True) -> SoloTraining:
     task = SoloTask(SOLO, supervision, LossSettings(pairwise_warmup_steps=2)).initialise(generator())
     return SoloTraining(task, SegmentationViewSettings(strong=strong))
 
@@ -89,7 +90,7 @@ def one_step(learner: Learner, inputs: Any, step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("supervision", ["masks", "free_masks"])
-def test_nothing_in_a_step_of_solo_waits(gpu: torch.device, supervision: Supervision) -> None:
+def test_nothing_in_a_step_of_solo_waits(gpu: torch.device, supervision: SupervisionKind) -> None:
     learner = Learner(solo(supervision), LoopSettings(steps=1, batch_size=4), OPTIMIZER, gpu)
     inputs = (solo_batch().to(gpu),)
     one_step(learner, inputs, 0)  # the optimiser makes its state
@@ -208,7 +209,7 @@ def test_resumed_goes_on_as_uninterrupted(gpu: torch.device, name: str) -> None:
 
 
 @pytest.mark.parametrize("supervision", ["masks", "free_masks"])
-def test_bfloat16_overfits_as_float32_does(gpu: torch.device, supervision: Supervision) -> None:
+def test_bfloat16_overfits_as_float32_does(gpu: torch.device, supervision: SupervisionKind) -> None:
     losses = {}
     optimizer = OptimizerSettings(method="adamw", learning_rate=1e-3)
     for precision in ("float32", "bfloat16"):

@@ -15,7 +15,8 @@ import torch
 from freesolo.ops.affinity import colour_similarity
 from freesolo.settings import LossSettings
 from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
-from freesolo.solo.losses import free_mask_losses, mask_losses
+from freesolo.solo.supervisions.free_masks import free_mask_losses
+from freesolo.solo.supervisions.masks import mask_losses
 from freesolo.solo.targets import assign_targets
 from freesolo.types import Instances
 from tests.small import small_solo

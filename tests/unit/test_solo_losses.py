@@ -10,19 +10,18 @@ import torch
 from torch.nn import functional
 
 from freesolo.settings import LossSettings
-from freesolo.solo import losses as subject
+from freesolo.solo import positives as subject
 from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.losses import (
     box_regions,
     dice_loss,
     embedding_loss,
-    free_mask_losses,
-    mask_losses,
     max_projection_loss,
     mean_projection_loss,
-    pairwise_warmup,
     sigmoid_focal_loss,
 )
+from freesolo.solo.supervisions.free_masks import free_mask_losses, pairwise_warmup
+from freesolo.solo.supervisions.masks import mask_losses
 from freesolo.solo.targets import assign_targets
 from freesolo.types import GridTargets, Instances
 from tests.small import small_solo
