@@ -79,7 +79,7 @@ def test_a_whole_section_may_be_chosen_and_keeps_its_defaults() -> None:
         ({"train.optimiser.learning_rate": {"grid": [1.0]}}, "did you mean train.optimizer[?] there are train.model, "),
         ({"train.optimizer.rate": {"grid": [1.0]}}, "no such setting; .*there are .*train.optimizer.learning_rate, "),
         ({f"{RATE}.x": {"grid": [1.0]}}, f"no such setting; there are none inside of {RATE}$"),
-        ({"resources.workers": {"grid": [1, 2]}}, "no such setting; there are dataset, labels, train$"),
+        ({"resources.workers": {"grid": [1, 2]}}, "no such setting; there are dataset, labels, label_fraction, label_seed, train$"),
         ({RATE: {"uniform": [-1.0, 1.0]}}, "learning_rate=-1.0: input should be greater than 0"),
         ({RATE: {"choice": [0.1] * 99 + ["fast"]}}, "learning_rate='fast': input should be a valid number"),
         ({"train.loop.steps": {"uniform": [2, 9]}}, "train.loop.steps=2.0: input should be a valid integer"),
