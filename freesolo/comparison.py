@@ -69,6 +69,28 @@ def check_comparable(dataset: str, label_sets: Mapping[str, str]) -> DatasetMani
     return manifest
 
 
+def check_held_out(evaluation_dataset: str, trained_on: DatasetManifest, *, num_categories: int) -> None:
+    """See that models that are trained on a data set can be evaluated on another.
+
+    Args:
+        evaluation_dataset: URL.
+        trained_on: Manifest of the other.
+        num_categories: That the models tell apart; 1: none.
+
+    Raises:
+        UsageError: It is the same data set, has no annotations, or lacks a category that models would know.
+    """
+    held_out = check_comparable(evaluation_dataset, {})
+    if held_out.digest == trained_on.digest:
+        raise UsageError(f"evaluation_dataset: {evaluation_dataset} is what is trained on; give other photos")
+    unknown = {one["id"] for one in trained_on.categories} - {one["id"] for one in held_out.categories}
+    if num_categories > 1 and unknown:
+        raise UsageError(
+            f"evaluation_dataset: {evaluation_dataset} does not know category {min(unknown)} of those trained on; "
+            "give one of the same categories"
+        )
+
+
 def _evaluate(truth: CocoRecord, labels: LabelSet, manifest: DatasetManifest) -> Metrics:
     """By category too, where the label set tells any apart."""
     metrics = evaluate_class_agnostic(truth, _detections(labels))

@@ -105,10 +105,16 @@ class TrainJob(Job):
         return self
 
 
+_MAKE_A_LOSS = ("dataset", "labels", "label_fraction", "label_seed", "train.supervision", "train.losses", "train.views")
+"""Settings of a training that say what its losses measure."""
+
+
 class TuneJob(TrainJob):
     """`jobs/tune_solo.py`: many of `jobs/train_solo.py`, which share these settings but for some; the best is kept."""
 
     tune: TuneSettings
+    evaluation_dataset: Url | None = None  # annotated, other photos: the best trial is the best on them
+    held_out: PredictSettings = PredictSettings(inference=InferenceSettings(), max_width=1.0)  # of those photos
 
     @model_validator(mode="after")
     def _trials_are_right(self) -> TuneJob:
@@ -116,8 +122,14 @@ class TuneJob(TrainJob):
             raise ValueError("resources.workers: trials that run beside each other are not elastic: give one number")
         of_a_training = tuple(name for name in TrainJob.model_fields if name not in Job.model_fields)
         check_space(TrainJob, of_a_training, self.tune.space)
+        self._check_comparable()
         for values in self.trials():
             job = self.trial_job(values)
+            if self._by_category() and job.train.model.num_categories == 1:
+                raise ValueError(
+                    f"tune.evaluation_metric={self.tune.evaluation_metric}: a model of one category has none; give "
+                    "train.model.num_categories, or segm/AP"
+                )
             if self.tune.metric not in job.train.metrics:
                 with_these = ", ".join(f"{name}={value}" for name, value in values.items())
                 raise ValueError(
@@ -125,6 +137,22 @@ class TuneJob(TrainJob):
                     f"{', '.join(job.train.metrics)}"
                 )
         return self
+
+    def _by_category(self) -> bool:
+        return self.evaluation_dataset is not None and self.tune.evaluation_metric.startswith("category/")
+
+    def _check_comparable(self) -> None:
+        """Refuse to compare losses that measure different things."""
+        compared = self.tune.metric.startswith("loss")
+        if not compared or (self.tune.scheduler == "none" and self.evaluation_dataset is not None):
+            return
+        for name in self.tune.space:
+            for other in _MAKE_A_LOSS:
+                if f"{name}.".startswith(f"{other}.") or other.startswith(f"{name}."):
+                    raise ValueError(
+                        f"tune.space: with another {name} {self.tune.metric} measures something else, and cannot "
+                        "compare trials; give an evaluation_dataset, and tune.scheduler=none"
+                    )
 
     def trials(self) -> tuple[Values, ...]:
         """What each trial sets of the space, the same at every call."""
@@ -136,7 +164,7 @@ class TuneJob(TrainJob):
         Raises:
             ValueError: The values don't go together with each other, or with what the trials share.
         """
-        raw = with_values(self.model_dump(mode="json", exclude={"tune"}), values)
+        raw = with_values(self.model_dump(mode="json", include=set(TrainJob.model_fields)), values)
         with_these = ", ".join(f"{name}={value}" for name, value in values.items())
         try:
             return parse_config(TrainJob, raw, source=f"the trial {with_these}")

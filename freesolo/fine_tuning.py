@@ -20,13 +20,12 @@ from math import ceil
 from pathlib import Path
 
 from freesolo.cluster import connect
-from freesolo.comparison import check_comparable, compare, gallery
+from freesolo.comparison import check_held_out, compare, gallery
 from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder
 from freesolo.data.files import exists, join, write_atomic
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
-from freesolo.data.shards import DatasetManifest, read_dataset_manifest
+from freesolo.data.shards import read_dataset_manifest
 from freesolo.data.subset import Subset, SubsetSource, finished_subset
-from freesolo.errors import UsageError
 from freesolo.evaluation import Metrics
 from freesolo.jobs import predict_stage, show_comparison, tell_dataset, train_stage, witnessed
 from freesolo.registry.weights import resolve_weights
@@ -103,11 +102,7 @@ def _prepare(job: FineTuneJob, folder: StageFolder) -> list[Subset]:
         UsageError: Data sets or starts do not fit, or a fraction leaves a category without an object.
     """
     manifest = read_dataset_manifest(job.dataset)
-    held_out = check_comparable(job.evaluation_dataset, {})
-    if held_out.digest == manifest.digest:
-        raise UsageError(f"evaluation_dataset: {job.evaluation_dataset} is what is trained on; give other photos")
-    if job.train.model.num_categories > 1:
-        _check_categories(job, manifest, held_out)
+    check_held_out(job.evaluation_dataset, manifest, num_categories=job.train.model.num_categories)
     for start, weights in job.starts.items():
         segmenter_inputs(_train_job(job, start, weights, 1.0), folder.storage)
     sources = [SubsetSource(manifest.digest, part, job.label_seed) for part in job.fractions if part < 1]
@@ -115,15 +110,6 @@ def _prepare(job: FineTuneJob, folder: StageFolder) -> list[Subset]:
     if missing:
         connect(job.resources)
     return choose_subsets_on_cluster(job.dataset, manifest, missing, bounds=job.bounds)
-
-
-def _check_categories(job: FineTuneJob, manifest: DatasetManifest, held_out: DatasetManifest) -> None:
-    unknown = {one["id"] for one in manifest.categories} - {one["id"] for one in held_out.categories}
-    if unknown:
-        raise UsageError(
-            f"evaluation_dataset: {job.evaluation_dataset} does not know category {min(unknown)} of {job.dataset}; "
-            "give one of the same categories"
-        )
 
 
 def _keep_weights(job: FineTuneJob, folder: StageFolder, start: str) -> str | None:

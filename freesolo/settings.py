@@ -20,6 +20,7 @@ MAX_INSTANCES = 1000  # of a photo, in what is written and what is read: the mas
 Instances = Annotated[int, Field(gt=0, le=MAX_INSTANCES)]
 # `_caffe`: the stride of a block is in its first 1x1 convolution, as in MSRA's weights, those of detectron2's models.
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet50_caffe", "resnet101_caffe"]
+EvaluationMetric = Literal["segm/AP", "segm/AP50", "segm/AP75", "segm/AR100", "category/AP", "category/AP50", "corloc"]
 SupervisionKind = Literal["free_masks", "masks", "boxes"]
 
 
@@ -402,8 +403,13 @@ class TuneSettings(Settings):
     space: dict[str, RangeSettings] = Field(min_length=1)  # by dotted setting: train.optimizer.learning_rate
     trials: Positive = 1  # draws from the space; each of them at every point of its grids
     seed: NonNegative = 0  # of the draws
-    metric: str = "loss"  # any that the training reports
+    metric: str = (
+        "loss"  # any that the training reports; it says who falls behind, and without held-out photos who is best
+    )
     mode: Literal["min", "max"] = "min"
+    evaluation_metric: EvaluationMetric = (
+        "segm/AP"  # with held-out photos: of those that went to the end the best has most
+    )
     scheduler: Literal["asha", "median", "none"] = "asha"  # who stops trials that fall behind, at their checkpoints
     grace_steps: Positive | None = None  # no trial is stopped before; None: not before its first checkpoint
     reduction_factor: float = Field(default=3.0, gt=1.0)  # asha: of this many trials one goes on, at each rung

@@ -36,16 +36,26 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.util.queue import Empty, Queue
 
 from freesolo.cluster import connect, trainings_at_once
-from freesolo.config import TrainJob, TuneJob, dump_config
+from freesolo.comparison import check_held_out, compare
+from freesolo.config import PredictJob, TrainJob, TuneJob, dump_config
 from freesolo.data.files import exists, join, read_bytes, write_atomic
 from freesolo.data.ingest import write_subset_on_cluster
 from freesolo.data.subset import Subset
 from freesolo.errors import JobError
-from freesolo.jobs import tell_dataset, train_stage, training_inputs, with_registration, witnessed
+from freesolo.jobs import (
+    predict_stage,
+    show_comparison,
+    tell_dataset,
+    train_stage,
+    training_inputs,
+    with_registration,
+    witnessed,
+)
 from freesolo.settings import TuneSettings
 from freesolo.space import Values
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
-from freesolo.tracking.journal import read_journal
+from freesolo.tracking.journal import Journal, read_journal
+from freesolo.tracking.witness import Witness
 from freesolo.train.control import TrainingControl
 from freesolo.train.segmentation import labels_url
 from freesolo.train.storage import checkpoint_storage
@@ -68,6 +78,8 @@ class Outcome:
         step: The last one that the metric is known of; 0: none.
         metric: Its value there; None: never reported.
         reason: Why it failed; None where it did not.
+        held_out: Of one that went to the end, what its predictions on the held-out photos are worth; None without such
+            photos, or where they have no object.
     """
 
     name: str
@@ -76,11 +88,13 @@ class Outcome:
     step: int
     metric: float | None
     reason: str | None = None
+    held_out: float | None = None
 
     def __str__(self) -> str:
         values = ", ".join(f"{name}={value}" for name, value in self.values.items())
         metric = "" if self.metric is None else f", {self.metric:g} at step {self.step}"
-        return f"{self.name} ({values}): {self.state}{metric}" + (f": {self.reason}" if self.reason else "")
+        held_out = "" if self.held_out is None else f", {self.held_out:.4f} on held-out photos"
+        return f"{self.name} ({values}): {self.state}{metric}{held_out}" + (f": {self.reason}" if self.reason else "")
 
 
 def tune_stage(job: TuneJob, folder: StageFolder) -> StageResult:
@@ -96,12 +110,16 @@ def tune_stage(job: TuneJob, folder: StageFolder) -> StageResult:
             sweep = _Sweep.of(job, folder)
             failed = _run_trials(sweep, job.tune)
             outcomes = [sweep.outcome(number, failed.get(number)) for number in range(len(sweep.jobs))]
-            table = as_table(outcomes, job.tune.metric)
+            if job.evaluation_dataset is not None:
+                outcomes = _evaluated(job, job.evaluation_dataset, sweep, outcomes, witness, journal)
+            table = as_table(outcomes, job.tune.metric, _held_out_metric(job))
             write_atomic(join(folder.url, "trials.md"), table.encode())
             witness.text("trials.md", table)
-            best = best_of(outcomes, job.tune.mode)
-            assert best.metric is not None
-            journal.append(0, {job.tune.metric: best.metric})
+            best = best_of(outcomes, job.tune.mode, held_out=job.evaluation_dataset is not None)
+            metrics = {job.tune.metric: best.metric}
+            if (metric := _held_out_metric(job)) is not None:
+                metrics[metric] = best.held_out
+            journal.append(0, {name: value for name, value in metrics.items() if value is not None})
             _LOG.info("%d trials; the best: %s", len(outcomes), best)
             result = _with_best(job, folder, best)
         counts = {"trials": len(outcomes), "steps": sum(outcome.step for outcome in outcomes)}
@@ -109,7 +127,6 @@ def tune_stage(job: TuneJob, folder: StageFolder) -> StageResult:
             f"trials {state}": sum(outcome.state == state for outcome in outcomes)
             for state in ("finished", "stopped early", "failed")
         }
-        metrics: dict[str, float | None] = {job.tune.metric: best.metric}
         return replace(result, seconds=time.monotonic() - started, counts=counts, metrics=metrics)
 
     return run_stage(folder, what_is_made(job), partial(_prepare, job, folder), work)
@@ -133,11 +150,49 @@ def _prepare(job: TuneJob, folder: StageFolder) -> list[Subset]:
         )
         different[starts_from] = trial
     inputs = [training_inputs(trial, folder) for trial in different.values()]
+    if job.evaluation_dataset is not None:
+        for trial, one in zip(different.values(), inputs, strict=True):
+            check_held_out(job.evaluation_dataset, one.manifest, num_categories=trial.train.model.num_categories)
     return [one.subset for one in inputs if one.subset is not None]
 
 
-def best_of(outcomes: Sequence[Outcome], mode: Literal["min", "max"]) -> Outcome:
+def _held_out_metric(job: TuneJob) -> str | None:
+    return None if job.evaluation_dataset is None else job.tune.evaluation_metric
+
+
+def _evaluated(
+    job: TuneJob, dataset: str, sweep: _Sweep, outcomes: Sequence[Outcome], witness: Witness, journal: Journal
+) -> list[Outcome]:
+    """The outcomes, those of trials that went to the end with what they are worth on the held-out photos."""
+    predictions = {}
+    for number, outcome in enumerate(outcomes):
+        if outcome.state == "finished":
+            folder = sweep.folder.sibling(f"held-out-{number:05d}")
+            trained = train_stage(sweep.jobs[number], sweep.folder_of(number))
+            predict = PredictJob(
+                resources=job.resources,
+                tracking=job.tracking.model_copy(update={"registered_model": None}),
+                bounds=job.bounds,
+                dataset=dataset,
+                labels=join(folder.url, "labels"),
+                weights=trained.outputs["model"],
+                kind="predictions",
+                predict=job.held_out,
+            )
+            predictions[outcome.name] = predict_stage(predict, folder, sweep.folder.url).outputs["labels"]
+    comparison = compare(dataset, predictions, gallery_images=0)
+    show_comparison(comparison, witness, journal)
+    worth = {name: row.as_dict()[job.tune.evaluation_metric] for name, row in comparison.rows.items()}
+    return [replace(outcome, held_out=worth.get(outcome.name)) for outcome in outcomes]
+
+
+def best_of(outcomes: Sequence[Outcome], mode: Literal["min", "max"], *, held_out: bool = False) -> Outcome:
     """The best of those that went to the end, and of equals the first.
+
+    Args:
+        outcomes: Of all trials.
+        mode: Of the training's metric.
+        held_out: Whether the best is who does best on the held-out photos instead.
 
     Raises:
         JobError: None did; says what the first failed of.
@@ -146,19 +201,28 @@ def best_of(outcomes: Sequence[Outcome], mode: Literal["min", "max"]) -> Outcome
     if not finished:
         reason = next((outcome.reason for outcome in outcomes if outcome.reason), "all were stopped early")
         raise JobError(f"none of {len(outcomes)} trials went to the end: {reason}; run the same again to go on")
+    if held_out:
+        return max(finished, key=lambda outcome: -1.0 if outcome.held_out is None else outcome.held_out)
     pick = min if mode == "min" else max
     return pick(finished, key=lambda outcome: outcome.metric or 0.0)
 
 
-def as_table(outcomes: Sequence[Outcome], metric: str) -> str:
+def as_table(outcomes: Sequence[Outcome], metric: str, held_out_metric: str | None = None) -> str:
     """The trials as a Markdown table."""
-    names = list(outcomes[0].values)
-    lines = ["| trial | " + " | ".join([*names, metric, "step", "state"]) + " |", "|---" * (len(names) + 4) + "|"]
+    measured = [metric] if held_out_metric is None else [metric, held_out_metric]
+    columns = ["trial", *outcomes[0].values, *measured, "step", "state"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for outcome in outcomes:
-        values = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in outcome.values.values()]
-        shown = "-" if outcome.metric is None else f"{outcome.metric:.6g}"
-        lines.append(f"| {' | '.join([outcome.name, *values, shown, str(outcome.step), outcome.state])} |")
+        figures = [outcome.metric] if held_out_metric is None else [outcome.metric, outcome.held_out]
+        cells = [_shown(value, "null") for value in outcome.values.values()] + [_shown(one, "-") for one in figures]
+        lines.append(f"| {' | '.join([outcome.name, *cells, str(outcome.step), outcome.state])} |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any, none: str) -> str:
+    if value is None:
+        return none
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _with_best(job: TuneJob, folder: StageFolder, best: Outcome) -> StageResult:

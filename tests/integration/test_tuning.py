@@ -51,10 +51,18 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def tune_job(
-    dataset: str, tracking: dict[str, Any], *, steps: int = 4, space: dict[str, Any] | None = None, **settings: Any
+    dataset: str,
+    tracking: dict[str, Any],
+    *,
+    steps: int = 4,
+    space: dict[str, Any] | None = None,
+    held_out: str | None = None,
+    **settings: Any,
 ) -> TuneJob:
     raw = {
         "dataset": dataset,
+        "evaluation_dataset": held_out,
+        "held_out": {"short_side": 64},
         "tracking": tracking,
         "train": {
             "model": small_solo().model_dump(mode="json"),
@@ -129,9 +137,14 @@ def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(
 
 
 def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, tmp_path: Path) -> None:
-    """Three trials, one after the other; when one has a checkpoint behind it, all of the job's processes are killed."""
-    space = {"train.optimizer.learning_rate": {"grid": [1.0e-5, 1.0e-2, 1.0e-3]}}
-    job = tune_job(scenes, {"uri": "off"}, scheduler="none", max_concurrent=1, space=space, steps=6)
+    """Three trials, one after the other; when one has a checkpoint behind it, all of the job's processes are killed.
+
+    They have losses that cannot be compared, so the best is by what the models find in other photos.
+    """
+    pack(compose_scenes(str(tmp_path / "photos"), 4, size=96, seed=1), str(tmp_path / "held-out"))
+    space = {"train.losses.dice": {"grid": [0.0, 3.0, 1.0]}}
+    settings = {"scheduler": "none", "max_concurrent": 1, "evaluation_metric": "segm/AR100"}
+    job = tune_job(scenes, {"uri": "off"}, space=space, steps=6, held_out=str(tmp_path / "held-out"), **settings)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     folder = StageFolder(str(tmp_path), "run", "tune")
     trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(3)]
@@ -161,12 +174,16 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, t
     assert (trials[0] / "model.pt").stat().st_mtime_ns == before, "what was finished is not done again"
     for number, trial in enumerate(trials):
         assert [entry.step for entry in read_journal(str(trial))] == [1, 2, 3, 4, 5, 6], trial
-        assert (
-            json.loads((trial / "settings.json").read_text())["train"]["optimizer"]["learning_rate"]
-            == (job.trials()[number]["train.optimizer.learning_rate"])
-        )
-    best = min(trials, key=lambda trial: last_loss(folder, trial.name))
-    assert result.outputs["trial"] == best.name
+        losses = json.loads((trial / "settings.json").read_text())["train"]["losses"]
+        assert losses["dice"] == job.trials()[number]["train.losses.dice"]
+    (told,) = [entry.metrics for entry in read_journal(folder.url) if "trial-00000/segm/AR100" in entry.metrics]
+    recalls = [told[f"{trial.name}/segm/AR100"] for trial in trials]
+    assert max(recalls) > min(recalls), "the weights of the losses differ, and so do the models"
+    best = recalls.index(max(recalls))
+    assert result.outputs["trial"] == trials[best].name
+    assert result.metrics["segm/AR100"] == recalls[best]
+    table = (Path(folder.url) / "trials.md").read_text()
+    assert "| trial | train.losses.dice | loss | segm/AR100 | step | state |" in table
     undisturbed = StageFolder(str(tmp_path), "undisturbed", "solo")
     train_stage(job.trial_job(job.trials()[1]), undisturbed)
     assert last_loss(undisturbed, "solo") == last_loss(folder, trials[1].name), "the trial that was killed"
@@ -199,4 +216,6 @@ def test_what_cannot_be_is_refused_before_anything_is_started(scenes: str, tmp_p
     large = job.model_copy(update={"resources": job.resources.model_copy(update={"cpus_per_worker": 6})})
     with pytest.raises(UsageError, match="do not fit the Ray cluster: it has 6 CPUs"):
         tune_stage(large, folder)
+    with pytest.raises(UsageError, match=r"evaluation_dataset: .* is what is trained on"):
+        tune_stage(job.model_copy(update={"evaluation_dataset": scenes}), folder)
     assert not list(tmp_path.rglob("trial-*"))

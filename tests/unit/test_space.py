@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from freesolo.tuning import Outcome, as_table, best_of, tune_stage
 RATE = "train.optimizer.learning_rate"
 
 
-def tune_job(space: dict[str, Any], **tune: Any) -> TuneJob:
-    raw = {"dataset": "data", "train": {"loop": {"steps": 4, "batch_size": 8}}, "tune": {"space": space, **tune}}
+def tune_job(space: dict[str, Any], *, held_out: str | None = None, **tune: Any) -> TuneJob:
+    train = {"loop": {"steps": 4, "batch_size": 8}}
+    raw = {"dataset": "data", "evaluation_dataset": held_out, "train": train, "tune": {"space": space, **tune}}
     return parse_config(TuneJob, raw, source="test")
 
 
@@ -59,7 +61,8 @@ def test_values_replace_settings_and_nothing_else() -> None:
 
 
 def test_a_trial_is_the_training_that_its_values_say() -> None:
-    job = tune_job({RATE: {"grid": [0.5]}, "train.views.short_sides": {"grid": [[64], [96, 128]]}})
+    space = {RATE: {"grid": [0.5]}, "train.views.short_sides": {"grid": [[64], [96, 128]]}}
+    job = tune_job(space, held_out="held-out", scheduler="none")
     first, second = [job.trial_job(values) for values in job.trials()]
     assert first.train.optimizer.learning_rate == second.train.optimizer.learning_rate == 0.5
     assert first.train.optimizer.warmup_steps == job.train.optimizer.warmup_steps
@@ -79,7 +82,10 @@ def test_a_whole_section_may_be_chosen_and_keeps_its_defaults() -> None:
         ({"train.optimiser.learning_rate": {"grid": [1.0]}}, "did you mean train.optimizer[?] there are train.model, "),
         ({"train.optimizer.rate": {"grid": [1.0]}}, "no such setting; .*there are .*train.optimizer.learning_rate, "),
         ({f"{RATE}.x": {"grid": [1.0]}}, f"no such setting; there are none inside of {RATE}$"),
-        ({"resources.workers": {"grid": [1, 2]}}, "no such setting; there are dataset, labels, label_fraction, label_seed, train$"),
+        (
+            {"resources.workers": {"grid": [1, 2]}},
+            "no such setting; there are dataset, labels, label_fraction, label_seed, train$",
+        ),
         ({RATE: {"uniform": [-1.0, 1.0]}}, "learning_rate=-1.0: input should be greater than 0"),
         ({RATE: {"choice": [0.1] * 99 + ["fast"]}}, "learning_rate='fast': input should be a valid number"),
         ({"train.loop.steps": {"uniform": [2, 9]}}, "train.loop.steps=2.0: input should be a valid integer"),
@@ -104,8 +110,28 @@ def test_a_metric_that_a_trial_does_not_report_is_refused_at_once(metric: str) -
     """The embedding's loss is reported by the first trial, and not by the second."""
     space = {"train.losses.embedding": {"grid": [1.0, 0.0]}}
     with pytest.raises(UsageError, match=rf"tune.metric={metric}: .* does not report it; it reports loss, "):
-        tune_job(space, metric=metric)
-    tune_job(space, metric="loss/pairwise")
+        tune_job(space, held_out="held-out", scheduler="none", metric=metric)
+    tune_job(space, held_out="held-out", scheduler="none", metric="loss/pairwise")
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset", "label_fraction", "train.losses", "train.losses.pairwise", "train.views.flip_probability"]
+)
+def test_losses_that_measure_different_things_are_not_compared(name: str) -> None:
+    space = {name: {"grid": [{} if name == "train.losses" else "other" if name == "dataset" else 0.5]}}
+    message = f"with another {name} loss measures something else, .*give an evaluation_dataset, and tune.scheduler=none"
+    for how in ({}, {"scheduler": "none"}, {"held_out": "held-out"}):
+        with pytest.raises(UsageError, match=message):
+            tune_job(space, **how)
+    tune_job(space, held_out="held-out", scheduler="none")
+    tune_job(space, metric="images_per_second", mode="max")
+
+
+def test_models_of_one_category_have_no_ap_by_category() -> None:
+    space = {"train.model.num_categories": {"grid": [2, 1]}}
+    with pytest.raises(UsageError, match=r"category/AP: a model of one category has none; give train.model.num_cat"):
+        tune_job(space, held_out="held-out", evaluation_metric="category/AP")
+    tune_job(space, held_out="held-out", evaluation_metric="segm/AP50")
 
 
 def test_elastic_workers_are_refused() -> None:
@@ -145,6 +171,13 @@ def test_the_best_is_of_those_that_went_to_the_end() -> None:
     assert best_of(outcomes, "max").name == "a"
     with pytest.raises(JobError, match="none of 2 trials went to the end: no room"):
         best_of([outcomes[2], outcomes[4]], "min")
+    worth = {"a": 0.1, "b": None, "d": 0.25}
+    evaluated = [replace(one, held_out=worth.get(one.name)) for one in outcomes]
+    assert best_of(evaluated, "min", held_out=True).name == "d"
+    assert best_of([outcomes[0], outcomes[1]], "min", held_out=True).name == "a", "held-out photos without any object"
+    table = as_table(evaluated, "loss", "segm/AP").splitlines()
+    assert table[0] == "| trial | rate | loss | segm/AP | step | state |"
+    assert [row.split(" | ")[3] for row in table[2:]] == ["0.1", "-", "-", "0.25", "-"]
     table = as_table(outcomes, "loss").splitlines()
     assert table[0] == "| trial | rate | loss | step | state |"
     assert table[2] == "| a | 0.1 | 2 | 4 | finished |"
