@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from freesolo.errors import UsageError
 from freesolo.settings import (
@@ -24,19 +24,27 @@ from freesolo.settings import (
     LabelFraction,
     LoopSettings,
     NonNegative,
+    PlainName,
     Positive,
     PredictSettings,
     PretrainSettings,
     ResourceSettings,
     Settings,
-    StartName,
     TrackingSettings,
     TrainSettings,
     TuneSettings,
     Url,
     Weights,
 )
-from freesolo.space import Values, check_space, draw_trials, with_values
+from freesolo.space import Values, check_values, draw_trials, with_values
+
+WHOLE_METHOD = "whole method"
+"""An ablation's first row."""
+
+_SEEDS = ("pretrain.loop.seed", "train.loop.seed")
+_ABLATED = ("rounds", "pretrain", "extract", "train", "predict", "held_out")
+
+JobType = TypeVar("JobType", bound="Job")
 
 # --- jobs: a stage's settings and what they are applied to ----------------------------------------------------------
 
@@ -121,7 +129,8 @@ class TuneJob(TrainJob):
         if self.resources.min_workers != self.resources.max_workers:
             raise ValueError("resources.workers: trials that run beside each other are not elastic: give one number")
         of_a_training = tuple(name for name in TrainJob.model_fields if name not in Job.model_fields)
-        check_space(TrainJob, of_a_training, self.tune.space)
+        tried = {name: values.given for name, values in self.tune.space.items()}
+        check_values("tune.space", TrainJob, of_a_training, tried)
         self._check_comparable()
         for values in self.trials():
             job = self.trial_job(values)
@@ -164,12 +173,8 @@ class TuneJob(TrainJob):
         Raises:
             ValueError: The values don't go together with each other, or with what the trials share.
         """
-        raw = with_values(self.model_dump(mode="json", include=set(TrainJob.model_fields)), values)
         with_these = ", ".join(f"{name}={value}" for name, value in values.items())
-        try:
-            return parse_config(TrainJob, raw, source=f"the trial {with_these}")
-        except UsageError as error:
-            raise ValueError(str(error)) from error
+        return _job_with(self, TrainJob, values, source=f"the trial {with_these}")
 
 
 class PredictJob(Job):
@@ -195,7 +200,7 @@ class FineTuneJob(Job):
 
     dataset: Url  # annotated
     evaluation_dataset: Url  # annotated, other photos
-    starts: dict[StartName, Weights | None]  # what to begin with, by its name on the page; null: random weights
+    starts: dict[PlainName, Weights | None]  # what to begin with, by its name on the page; null: random weights
     fractions: tuple[LabelFraction, ...]  # of the data set's photos
     label_seed: NonNegative = 0  # of the choice; the larger fractions contain the smaller ones
     min_steps: Positive | None = None  # None: all train for loop.steps; else as many epochs as those are of all photos
@@ -232,11 +237,11 @@ def start_folder(name: str) -> str:
     return name.lower().replace(" ", "-")
 
 
-class PipelineJob(Job):
-    """`jobs/run_pipeline.py`: pretrain, extract, train; `rounds` times label anew and train again; evaluate all."""
+class MethodJob(Job):
+    """The whole method: pretrain, extract, train; `rounds` times label anew and train again."""
 
     dataset: Url
-    evaluation_dataset: Url | None = None  # annotated; None: no table, no champion
+    evaluation_dataset: Url | None = None  # annotated; None: nothing is evaluated
     initial_backbone: Weights | None = None  # extract with these weights instead of pre-training
     rounds: NonNegative = 1  # of self-training, after the training on Free Masks
     pretrain: PretrainSettings
@@ -244,18 +249,15 @@ class PipelineJob(Job):
     train: TrainSettings
     predict: PredictSettings = PredictSettings()  # of pseudo-labels
     held_out: PredictSettings = PredictSettings(inference=InferenceSettings(), max_width=1.0)  # of what is evaluated
-    gallery_images: NonNegative = 24
-    object_groups: int = Field(default=12, ge=0, le=64)  # on the report page, of what was found; 0: no such section
-    notes: tuple[str, ...] = ()  # on the report page: what such a run can and cannot show
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> PipelineJob:
+    def _batches_divide(self) -> MethodJob:
         _check_batch("pretrain.loop", self.pretrain.loop, self.resources)
         _check_batch("train.loop", self.train.loop, self.resources)
         return self
 
     @model_validator(mode="after")
-    def _stages_fit(self) -> PipelineJob:
+    def _stages_fit(self) -> MethodJob:
         backbones = {"extract.backbone": self.extract.backbone, "train.model.backbone": self.train.model.backbone}
         if self.initial_backbone is None:
             backbones = {"pretrain.model.backbone": self.pretrain.model.backbone, **backbones}
@@ -272,6 +274,70 @@ class PipelineJob(Job):
         return self
 
 
+class PipelineJob(MethodJob):
+    """`jobs/run_pipeline.py`: the whole method, an evaluation of all that it made, a champion and a page."""
+
+    gallery_images: NonNegative = 24
+    object_groups: int = Field(default=12, ge=0, le=64)  # on the report page, of what was found; 0: no such section
+    notes: tuple[str, ...] = ()  # on the report page: what such a run can and cannot show
+
+
+class AblationJob(MethodJob):
+    """`jobs/run_ablations.py`: the whole method, and rows that differ from it in some settings, each with each seed."""
+
+    evaluation_dataset: Url  # annotated
+    seeds: tuple[NonNegative, ...] = Field(default=(0, 1, 2), min_length=1)  # of pre-training and training
+    rows: dict[PlainName, dict[str, JsonValue]]  # beside the whole method; what each sets: train.losses.pairwise: 0.0
+
+    @model_validator(mode="after")
+    def _rows_are_right(self) -> AblationJob:
+        seen = {WHOLE_METHOD: self.row_job({}, self.seeds[0])}
+        for name, values in self.rows.items():
+            where = f"rows.{name}"
+            if given := [setting for setting in values if setting in _SEEDS]:
+                raise ValueError(f"{where}: {given[0]}: leave it out, each row is run with each of seeds")
+            check_values(where, MethodJob, _ABLATED, {setting: (value,) for setting, value in values.items()})
+            job = self.row_job(values, self.seeds[0], source=where)
+            if same := next((other for other, its in seen.items() if its == job or other == name), None):
+                raise ValueError(f"{where}: is the same as {same}; name it otherwise and give what it sets")
+            seen[name] = job
+        return self
+
+    @model_validator(mode="after")
+    def _rows_compare(self) -> AblationJob:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)}: each once")
+        if self.tracking.registered_model is not None:
+            raise ValueError("tracking.registered_model: leave it out, models of ablations are not registered")
+        if "@" in (self.initial_backbone or ""):
+            raise ValueError(
+                f"initial_backbone={self.initial_backbone}: an alias may move between two rows; give a version, "
+                "as models:/name/1"
+            )
+        return self
+
+    def row_job(self, values: Values, seed: int, *, source: str = WHOLE_METHOD) -> MethodJob:
+        """The whole method with other settings.
+
+        Raises:
+            ValueError: The values don't go together with each other, or with the rest.
+        """
+        return _job_with(self, MethodJob, {**values, **dict.fromkeys(_SEEDS, seed)}, source=source)
+
+
+def _job_with(job: Job, kind: type[JobType], values: Values, *, source: str) -> JobType:
+    """A job with another's settings, and some values for theirs.
+
+    Raises:
+        ValueError: The values don't go together with each other, or with the rest.
+    """
+    raw = with_values(job.model_dump(mode="json", include=set(kind.model_fields)), values)
+    try:
+        return parse_config(kind, raw, source=source)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
 def _check_batch(section: str, loop: LoopSettings, resources: ResourceSettings) -> None:
     fixed = resources.min_workers == resources.max_workers
     parts = {workers: workers for workers in range(resources.min_workers, resources.max_workers + 1)}
@@ -285,7 +351,6 @@ def _check_batch(section: str, loop: LoopSettings, resources: ResourceSettings) 
             )
 
 
-JobType = TypeVar("JobType", bound=Job)
 _MAX_DEPTH = 32
 _SHOWN = 200  # characters of a wrong value
 

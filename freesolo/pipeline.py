@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from freesolo.comparison import check_comparable, compare, gallery
-from freesolo.config import ExtractJob, PipelineJob, PredictJob, PretrainJob, TrainJob
+from freesolo.config import ExtractJob, Job, MethodJob, PipelineJob, PredictJob, PretrainJob, TrainJob
 from freesolo.data.files import join
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.evaluation import Metrics
@@ -36,8 +37,10 @@ from freesolo.report.records import GroupedObjects
 from freesolo.run_report import write_report
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking.journal import Journal
-from freesolo.tracking.server import resolve_server
+from freesolo.tracking.server import TrackingServer, resolve_server
 from freesolo.tracking.witness import Witness
+
+LabellingJobType = TypeVar("LabellingJobType", ExtractJob, PredictJob)
 
 _LOG = logging.getLogger(__name__)
 _SUMMARY = (
@@ -53,13 +56,15 @@ def pipeline_stage(job: PipelineJob, folder: StageFolder) -> StageResult:
     def work(_: None) -> StageResult:
         started = time.monotonic()
         with witnessed(job, folder, None) as (witness, journal):
-            result = _Pipeline(job, folder).run(witness, journal)
+            tell_dataset(witness, job.dataset)
+            made = run_method(job, folder, lambda name, _: folder.sibling(name))
+            result = _report(job, folder, made, witness, journal)
         return replace(result, seconds=time.monotonic() - started)
 
-    return run_stage(folder, what_is_made(job), partial(_check_data, job), work)
+    return run_stage(folder, what_is_made(job), partial(check_data, job), work)
 
 
-def _check_data(job: PipelineJob) -> None:
+def check_data(job: MethodJob) -> None:
     """Refuse at the start what a later stage would refuse hours later.
 
     Raises:
@@ -70,146 +75,125 @@ def _check_data(job: PipelineJob) -> None:
         check_comparable(job.evaluation_dataset, {})
 
 
-@dataclass
-class _Pipeline:
-    """The stages of one run, in order; each is given what the ones before it made."""
+# --- the sequence ---------------------------------------------------------------------------------------------------
 
-    job: PipelineJob
-    folder: StageFolder
-    results: list[tuple[str, StageResult]] = field(default_factory=list)
-    trained: list[tuple[str, StageFolder]] = field(default_factory=list)
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the stages made, each by its name for people, in the order in which they ran.
+
+    Attributes:
+        results: Of those that are shown: not of what labels the held-out photos.
+        trained: Folders of the trainings.
+        labels: Label sets of the data set.
+        held_out: Label sets of the evaluation data set; none where there is no such.
+    """
+
+    results: dict[str, StageResult] = field(default_factory=dict)
+    trained: dict[str, StageFolder] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     held_out: dict[str, str] = field(default_factory=dict)
 
-    def run(self, witness: Witness, journal: Journal) -> StageResult:
-        tell_dataset(witness, self.job.dataset)
-        backbone = self.job.initial_backbone or self._pretrain()
-        labels = self._extract(backbone)
-        segmenter = self._train(0, labels, backbone)
-        for number in range(1, self.job.rounds + 1):
-            labels = self._label(number, segmenter)
-            segmenter = self._train(number, labels, backbone)
-        return self._report(witness, journal)
 
-    def _pretrain(self) -> str:
+def run_method(job: MethodJob, folder: StageFolder, folder_of: Callable[[str, Job], StageFolder]) -> Made:
+    """All stages but the evaluation; those that are done already are not done again.
+
+    Args:
+        job: What to do.
+        folder: Of the stage that they are stages of.
+        folder_of: Where a stage belongs, by its name and what it does. It is asked when what is upstream is done, so
+            a job's inputs are known; where it writes labels follows from its folder, and is left open.
+
+    Raises:
+        UsageError, JobError: As the stages.
+    """
+    method = _Method(job, folder, folder_of)
+    backbone = job.initial_backbone or method.pretrain()
+    labels = method.extract(backbone)
+    segmenter = method.train(0, labels, backbone)
+    for number in range(1, job.rounds + 1):
+        labels = method.label(number, segmenter)
+        segmenter = method.train(number, labels, backbone)
+    return method.made
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """The stages; each is given what the ones before it made."""
+
+    job: MethodJob
+    folder: StageFolder
+    folder_of: Callable[[str, Job], StageFolder]
+    made: Made = field(default_factory=Made)
+
+    def pretrain(self) -> str:
         job = PretrainJob(**self._common("-backbone"), dataset=self.job.dataset, pretrain=self.job.pretrain)
-        folder = self.folder.sibling("pretrain")
-        result = pretrain_stage(job, folder, self.folder.url)
-        self.results.append(("DenseCL", result))
-        self.trained.append(("DenseCL", folder))
+        folder = self.folder_of("pretrain", job)
+        self.made.results["DenseCL"] = result = pretrain_stage(job, folder, self.folder.url)
+        self.made.trained["DenseCL"] = folder
         return result.outputs["model"]
 
-    def _extract(self, backbone: str) -> str:
-        labels = self._extract_from(self.job.dataset, "free-masks", backbone)
+    def extract(self, backbone: str) -> str:
+        result = self._extract_from(self.job.dataset, "free-masks", backbone)
+        self.made.results["Free Mask"] = result
+        self.made.labels["Free Mask"] = result.outputs["labels"]
         if self.job.evaluation_dataset is not None:
-            held_out = self._extract_from(self.job.evaluation_dataset, "held-out-free-masks", backbone, shown=False)
-            self.held_out["Free Mask"] = held_out
-        return labels
-
-    def _extract_from(self, dataset: str, stage: str, backbone: str, *, shown: bool = True) -> str:
-        folder = self.folder.sibling(stage)
-        job = ExtractJob(
-            **self._common(None),
-            dataset=dataset,
-            labels=join(folder.url, "labels"),
-            weights=backbone,
-            extract=self.job.extract,
-        )
-        result = extract_stage(job, folder, self.folder.url)
-        if shown:
-            self.results.append(("Free Mask", result))
-            self.labels["Free Mask"] = result.outputs["labels"]
+            held_out = self._extract_from(self.job.evaluation_dataset, "held-out-free-masks", backbone)
+            self.made.held_out["Free Mask"] = held_out.outputs["labels"]
         return result.outputs["labels"]
 
-    def _train(self, number: int, labels: str, backbone: str) -> str:
-        name, folder = _round_name(number), self.folder.sibling(f"solo-r{number}")
+    def train(self, number: int, labels: str, backbone: str) -> str:
+        name = _round_name(number)
         job = TrainJob(
             **self._common(""),
             dataset=self.job.dataset,
             labels=labels,
             train=self.job.train.model_copy(update={"initial_weights": backbone}),
         )
-        result = train_stage(job, folder, self.folder.url)
-        self.results.append((name, result))
-        self.trained.append((name, folder))
+        folder = self.folder_of(f"solo-r{number}", job)
+        self.made.results[name] = result = train_stage(job, folder, self.folder.url)
+        self.made.trained[name] = folder
         model = result.outputs["model"]
         if self.job.evaluation_dataset is not None:
             predict = PredictJob(
                 **self._common(None),
                 dataset=self.job.evaluation_dataset,
-                labels=join(self.folder.sibling(f"held-out-solo-r{number}").url, "labels"),
+                labels=self.folder.run_url,
                 weights=model,
                 kind="predictions",
                 predict=self.job.held_out,
             )
-            predicted = predict_stage(predict, self.folder.sibling(f"held-out-solo-r{number}"), self.folder.url)
-            self.held_out[name] = predicted.outputs["labels"]
+            held_out = self._predict(f"held-out-solo-r{number}", predict)
+            self.made.held_out[name] = held_out.outputs["labels"]
         return model
 
-    def _label(self, number: int, segmenter: str) -> str:
-        folder = self.folder.sibling(f"pseudo-labels-r{number}")
+    def label(self, number: int, segmenter: str) -> str:
+        name = f"Pseudo-labels {number}"
         job = PredictJob(
             **self._common(None),
             dataset=self.job.dataset,
-            labels=join(folder.url, "labels"),
+            labels=self.folder.run_url,
             weights=segmenter,
             predict=self.job.predict,
         )
-        result = predict_stage(job, folder, self.folder.url)
-        self.results.append((f"Pseudo-labels {number}", result))
-        self.labels[f"Pseudo-labels {number}"] = result.outputs["labels"]
+        self.made.results[name] = result = self._predict(f"pseudo-labels-r{number}", job)
+        self.made.labels[name] = result.outputs["labels"]
         return result.outputs["labels"]
 
-    def _report(self, witness: Witness, journal: Journal) -> StageResult:
-        """Evaluate what was held out, move the champion, write the page."""
-        job = self.job
-        rows, digest, metrics = {}, None, {}
-        if job.evaluation_dataset is not None:
-            comparison = compare(job.evaluation_dataset, self.held_out, gallery_images=job.gallery_images)
-            rows, digest, photos = comparison.rows, comparison.dataset_digest, comparison.gallery
-            metrics = show_comparison(comparison, witness, journal)
-            self._promote(rows, digest)
-        else:
-            photos = gallery(job.dataset, self.labels, images=job.gallery_images)
-        url = write_report(
-            self.folder,
-            witness,
-            title=self.folder.run_name,
-            summary=_SUMMARY,
-            stages=self.results,
-            trained=self.trained,
-            rows=rows,
-            gallery=photos,
-            notes=job.notes,
-            settings=job,
-            provenance={
-                "Data set": f"{job.dataset}, {read_dataset_manifest(job.dataset).digest}",
-                "Evaluated on": f"{job.evaluation_dataset}, {digest}" if digest else "nothing: no annotated data set",
-                "Registered": ", ".join(self._registered().values()) or "nothing: tracking.registered_model is not set",
-            },
-            found=self._found(),
+    def _extract_from(self, dataset: str, stage: str, backbone: str) -> StageResult:
+        job = ExtractJob(
+            **self._common(None),
+            dataset=dataset,
+            labels=self.folder.run_url,
+            weights=backbone,
+            extract=self.job.extract,
         )
-        return StageResult(self.folder.stage, 0.0, {"report": url, **self._registered()}, metrics=metrics)
+        folder = self.folder_of(stage, job)
+        return extract_stage(_labels_in(folder, job), folder, self.folder.url)
 
-    def _found(self) -> GroupedObjects | None:
-        """The objects of the last label set that was made of the training photos, in groups; None if not asked for."""
-        if not self.job.object_groups:
-            return None
-        name, labels = list(self.labels.items())[-1]
-        shown = f"{name}, the last label set of the training photos"
-        return group_objects(self.job.dataset, shown, labels, groups=self.job.object_groups, bounds=self.job.bounds)
-
-    def _promote(self, rows: dict[str, Metrics], digest: str) -> None:
-        """Offer each round's model for champion, on the strength of its evaluation."""
-        server = resolve_server(self.job.tracking, self.folder.storage)
-        for name, reference in self._registered().items():
-            if name in rows and server is not None:
-                model, version = reference.removeprefix("models:/").split("/")
-                decision = promote_if_better(model, version, rows[name].as_dict(), digest, server=server)
-                _LOG.info("%s: %s", name, decision.reason)
-
-    def _registered(self) -> dict[str, str]:
-        return {name: result.outputs["registered"] for name, result in self.results if "registered" in result.outputs}
+    def _predict(self, stage: str, job: PredictJob) -> StageResult:
+        folder = self.folder_of(stage, job)
+        return predict_stage(_labels_in(folder, job), folder, self.folder.url)
 
     def _common(self, registered_suffix: str | None) -> dict[str, Any]:
         """What all stages share; a model is registered only by the stages that make one."""
@@ -223,5 +207,67 @@ class _Pipeline:
         }
 
 
+def _labels_in(folder: StageFolder, job: LabellingJobType) -> LabellingJobType:
+    """A job that writes its labels into its stage's folder, not, as before that was known, into the run's."""
+    return job.model_copy(update={"labels": join(folder.url, "labels")})
+
+
 def _round_name(number: int) -> str:
     return "SOLO on Free Masks" if number == 0 else f"SOLO round {number}"
+
+
+# --- what came of it ------------------------------------------------------------------------------------------------
+
+
+def _report(job: PipelineJob, folder: StageFolder, made: Made, witness: Witness, journal: Journal) -> StageResult:
+    """Evaluate what was held out, move the champion, write the page."""
+    rows, digest, metrics = {}, None, {}
+    registered = {
+        name: result.outputs["registered"] for name, result in made.results.items() if "registered" in result.outputs
+    }
+    if job.evaluation_dataset is not None:
+        comparison = compare(job.evaluation_dataset, made.held_out, gallery_images=job.gallery_images)
+        rows, digest, photos = comparison.rows, comparison.dataset_digest, comparison.gallery
+        metrics = show_comparison(comparison, witness, journal)
+        _promote(registered, rows, digest, resolve_server(job.tracking, folder.storage))
+    else:
+        photos = gallery(job.dataset, made.labels, images=job.gallery_images)
+    url = write_report(
+        folder,
+        witness,
+        title=folder.run_name,
+        summary=_SUMMARY,
+        stages=list(made.results.items()),
+        trained=list(made.trained.items()),
+        rows=rows,
+        gallery=photos,
+        notes=job.notes,
+        settings=job,
+        provenance={
+            "Data set": f"{job.dataset}, {read_dataset_manifest(job.dataset).digest}",
+            "Evaluated on": f"{job.evaluation_dataset}, {digest}" if digest else "nothing: no annotated data set",
+            "Registered": ", ".join(registered.values()) or "nothing: tracking.registered_model is not set",
+        },
+        found=_found(job, made),
+    )
+    return StageResult(folder.stage, 0.0, {"report": url, **registered}, metrics=metrics)
+
+
+def _found(job: PipelineJob, made: Made) -> GroupedObjects | None:
+    """The objects of the last label set that was made of the training photos, in groups; None if not asked for."""
+    if not job.object_groups:
+        return None
+    name, labels = list(made.labels.items())[-1]
+    shown = f"{name}, the last label set of the training photos"
+    return group_objects(job.dataset, shown, labels, groups=job.object_groups, bounds=job.bounds)
+
+
+def _promote(
+    registered: Mapping[str, str], rows: Mapping[str, Metrics], digest: str, server: TrackingServer | None
+) -> None:
+    """Offer each round's model for champion, on the strength of its evaluation."""
+    for name, reference in registered.items():
+        if name in rows and server is not None:
+            model, version = reference.removeprefix("models:/").split("/")
+            decision = promote_if_better(model, version, rows[name].as_dict(), digest, server=server)
+            _LOG.info("%s: %s", name, decision.reason)

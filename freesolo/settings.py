@@ -15,7 +15,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LabelFraction = Annotated[float, Field(gt=0.0, le=1.0)]
-StartName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=50)]  # is part of names of folders and metrics
+PlainName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=50)]  # is part of names of folders and metrics
 MAX_INSTANCES = 1000  # of a photo, in what is written and what is read: the masks of all lie in memory together
 Instances = Annotated[int, Field(gt=0, le=MAX_INSTANCES)]
 # `_caffe`: the stride of a block is in its first 1x1 convolution, as in MSRA's weights, those of detectron2's models.
@@ -395,6 +395,11 @@ class RangeSettings(Settings):
         if self.loguniform is not None and self.loguniform[0] <= 0:
             raise ValueError(f"loguniform: {list(self.loguniform)}: there is no logarithm of the first")
         return self
+
+    @property
+    def given(self) -> tuple[JsonValue, ...]:
+        """The values that are written down: all that may be tried, or the ends of a range."""
+        return self.choice or self.grid or self.uniform or self.loguniform or ()
 
 
 class TuneSettings(Settings):

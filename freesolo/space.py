@@ -1,6 +1,6 @@
-"""What a sweep tries: which values of which settings, drawn before anything is started.
+"""What a sweep or an ablation varies: which values of which settings, known and checked before anything is started.
 
-All draws are a function of the space and a seed, so a sweep that is submitted again is made of the same trials.
+A sweep's draws are a function of its space and a seed, so submitted again it is made of the same trials.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from freesolo.settings import RangeSettings, Settings
 
 Values = dict[str, Any]
-"""A value for each dotted setting of a space."""
+"""A value for each of some dotted settings."""
 
 
 def draw_trials(space: Mapping[str, RangeSettings], *, draws: int, seed: int) -> tuple[Values, ...]:
@@ -63,37 +63,40 @@ def with_values(settings: Mapping[str, Any], values: Values) -> dict[str, Any]:
     return changed
 
 
-def check_space(model: type[Settings], sections: tuple[str, ...], space: Mapping[str, RangeSettings]) -> None:
+def check_values(
+    where: str, model: type[Settings], sections: tuple[str, ...], values: Mapping[str, Sequence[Any]]
+) -> None:
     """See that there are such settings, and that they may be what is tried.
 
     What settings must be together is not looked at here, each stands alone; nor is a whole section.
 
     Args:
+        where: The values are given, for errors.
         model: Whose settings they are.
-        sections: Those of its fields that a sweep may vary.
-        space: What will be tried.
+        sections: Those of its fields that may be varied.
+        values: What will be tried, by dotted setting.
 
     Raises:
-        ValueError: A setting does not exist, names those beside it; or a value or an end of a range is none for it.
+        ValueError: A setting does not exist, names those beside it; or a value is none for it.
     """
-    for name, values in space.items():
-        field = _field(model, sections, name)
+    for name, tried in values.items():
+        field = _field(where, model, sections, name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             continue  # a section's defaults depend on where it is: it is looked at when it is drawn
         kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
         adapter = TypeAdapter[Any](kind, config=ConfigDict(strict=True, allow_inf_nan=False))
-        for value in values.choice or values.grid or values.uniform or values.loguniform or ():
+        for value in tried:
             try:
                 adapter.validate_json(json.dumps(value))
             except ValidationError as error:
                 (detail, *_) = error.errors()
-                raise ValueError(f"tune.space: {name}={value!r}: {detail['msg'].lower()}") from None
-    for name, other in itertools.permutations(space, 2):
+                raise ValueError(f"{where}: {name}={value!r}: {detail['msg'].lower()}") from None
+    for name, other in itertools.permutations(values, 2):
         if other.startswith(f"{name}."):
-            raise ValueError(f"tune.space: {other} is part of {name}: give one of them")
+            raise ValueError(f"{where}: {other} is part of {name}: give one of them")
 
 
-def _field(model: type[Settings], sections: tuple[str, ...], name: str) -> FieldInfo:
+def _field(where: str, model: type[Settings], sections: tuple[str, ...], name: str) -> FieldInfo:
     """The field that a dotted setting is."""
     at: Any = model
     fields = list(sections)
@@ -104,7 +107,7 @@ def _field(model: type[Settings], sections: tuple[str, ...], name: str) -> Field
             near = difflib.get_close_matches(part, fields, n=1)
             suggestion = f"did you mean {inside}{near[0]}? " if near else ""
             raise ValueError(
-                f"tune.space: {name}: no such setting; {suggestion}there are "
+                f"{where}: {name}: no such setting; {suggestion}there are "
                 + (", ".join(f"{inside}{field}" for field in fields) or f"none inside of {inside[:-1]}")
             )
         field: FieldInfo = at.model_fields[part]

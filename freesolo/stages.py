@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from freesolo.config import Job
-from freesolo.data.documents import differences
+from freesolo.data.documents import canonical_digest, differences
 from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
 from freesolo.data.lease import held
 from freesolo.errors import UsageError
@@ -45,6 +45,13 @@ class StageFolder:
     def sibling(self, stage: str) -> StageFolder:
         """Another stage of the same run."""
         return StageFolder(self.storage, self.run_name, stage)
+
+    def by_content(self, name: str, job: Job) -> StageFolder:
+        """Another stage of the same run, named by what it makes too: whoever wants the same made shares it.
+
+        A job's inputs are URLs of earlier stages, so by their names the same includes all that is upstream.
+        """
+        return self.sibling(f"{name}-{canonical_digest(what_is_made(job))[:8]}")
 
 
 @dataclass(frozen=True, slots=True)
