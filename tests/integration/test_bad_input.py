@@ -286,6 +286,11 @@ CASES = {
     "override that is no YAML": Case(
         train("train.loop.steps=["), 2, ("'train.loop.steps=['", "not valid YAML", "put it in quotes")
     ),
+    "row that sets nothing there is": Case(
+        job("run_ablations", "configs/ablations/smoke.yaml", 'rows.pairless={{"train.losses.pairs":0.0}}'),
+        2,
+        ("rows.pairless", "train.losses.pairs: no such setting", "did you mean train.losses.pairwise?"),
+    ),
     "groups of channels": Case(
         train("train.model.head.tower_channels=48"), 2, ("train.model.head: tower_channels=48", "not divisible by 32")
     ),

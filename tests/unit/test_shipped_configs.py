@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from freesolo.config import (
+    AblationJob,
     EvaluateJob,
     ExtractJob,
     FineTuneJob,
@@ -31,6 +32,7 @@ JOBS: dict[str, tuple[type[Job], str]] = {
     "predict": (PredictJob, "predict"),
     "evaluate": (EvaluateJob, "evaluate"),
     "pipeline": (PipelineJob, "run_pipeline"),
+    "ablations": (AblationJob, "run_ablations"),
 }
 
 
