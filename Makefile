@@ -8,7 +8,7 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIN
 SOURCES := freesolo jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test test-slow test-image chaos fuzz k8s-check bench test-gpu bench-gpu image lint type format lock clean chromium
+.PHONY: help environment demo ablations test test-slow test-image chaos fuzz k8s-check bench test-gpu bench-gpu image lint type format lock clean chromium
 
 help:  ## What can be made here
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,6 +48,15 @@ else
 	@$(DEMO_RUN) --run-name $(OWN) dataset=$(DEMO)/data/$(OWN) evaluation_dataset=null
 	@echo "demo: open $(abspath $(DEMO))/runs/$(OWN)/pipeline/report/index.html"
 endif
+
+ABLATIONS_CONFIG := configs/ablations/demo.yaml
+
+ablations: $(READY)  ## What each part of the method is worth, on the demo's scenes, with three seeds (about 35 minutes on 2 cores)
+	@echo "ablations: about 35 minutes on 2 cores; the same command goes on where it stopped"
+	@$(MAKE) --no-print-directory $(DEMO)/data/train/manifest.json $(DEMO)/data/held-out/manifest.json
+	@$(BIN)/python jobs/run_ablations.py --config $(ABLATIONS_CONFIG) --run-name ablations --storage $(DEMO)/runs \
+		dataset=$(DEMO)/data/train evaluation_dataset=$(DEMO)/data/held-out
+	@echo "ablations: the table is $(abspath $(DEMO))/runs/ablations/ablations/ablations.md"
 
 $(DEMO)/photos/held-out/annotations.json:
 	@$(BIN)/freesolo demo-data $(DEMO)/photos --scenes $(DEMO_SCENES) --held-out $(DEMO_HELD_OUT)

@@ -30,9 +30,11 @@ pytestmark = [
 RUN_ELSEWHERE = {
     "make demo": "tests/e2e/test_pipeline.py",
     "make test": ".ci/run",
+    "make ablations": "tests/integration/test_ablations.py",
     "make image": "tests/image/test_built_image.py",
     "freesolo pack": "Makefile",
     "python jobs/run_pipeline.py": "tests/e2e/test_pipeline.py",
+    "python jobs/run_ablations.py": "tests/integration/test_ablations.py",
     "python jobs/tune_solo.py": "tests/integration/test_tuning.py",
     "freesolo predict": "tests/e2e/test_pipeline.py",
     "freesolo inspect": "tests/e2e/test_pipeline.py",
