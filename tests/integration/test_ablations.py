@@ -187,6 +187,6 @@ def test_make_ablations_is_the_job_on_the_demos_scenes() -> None:
     overrides = [word for word in words if "=" in word]
     job = load_config(AblationJob, ROOT / words[words.index("--config") + 1], overrides)
     assert (job.dataset, job.evaluation_dataset) == tuple(
-        str(Path.cwd() / "demo/data" / name) for name in ("train", "held-out")
+        str(Path.cwd() / "demo/ablations/data" / name) for name in ("train", "held-out")
     )
-    assert "demo/data/held-out/manifest.json" in done.stdout
+    assert "demo/ablations/data/held-out/manifest.json" in done.stdout
