@@ -1,13 +1,13 @@
-"""What each part of the method is worth: the whole method, and beside it rows in which something is missing or other.
+"""What each part of the method is worth: a base, and beside it rows in which something is missing, added or other.
 
-    whole method ─┐                        pretrain ─▶ ... ─▶ solo-r0 ─▶ ... ─▶ solo-r1 ─┐
+    base ─────────┐                        pretrain ─▶ ... ─▶ solo-r0 ─▶ ... ─▶ solo-r1 ─┐
     a row ────────┼─▶ with each seed: ─▶                                                 ├─▶ evaluation ─▶ ablations.md
     another ──────┘                        (what two rows have in common is one stage) ──┘
 
 After the paper's ablations (FreeSOLO, arXiv:2202.12181). A stage's folder is named by what it makes, so nothing is
 done twice, and a run that is submitted again goes on where it stopped. A seed is the pre-training's too, and results
-depend most on how a short one begins. So a row is judged by its difference from the whole method with the same seed,
-seed by seed: the spread of levels is one that all rows have in common.
+depend most on how a short one begins. So a row is judged by its difference from the base with the same seed, seed by
+seed: the spread of levels is one that all rows have in common.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 from statistics import fmean, stdev
 
 from freesolo.comparison import compare
-from freesolo.config import WHOLE_METHOD, AblationJob
+from freesolo.config import BASE, AblationJob
 from freesolo.data.files import join, write_atomic
 from freesolo.errors import JobError, UsageError
 from freesolo.jobs import tell_dataset, witnessed
@@ -70,7 +70,7 @@ class Spread:
 
 
 def ablations_stage(job: AblationJob, folder: StageFolder) -> StageResult:
-    """The whole method, and rows that differ from it, each with each seed: a table of what each is worth."""
+    """The method as configured, and rows that differ from that, each with each seed: a table of what each is worth."""
 
     def work(_: None) -> StageResult:
         started = time.monotonic()
@@ -98,7 +98,7 @@ def _make(job: AblationJob, folder: StageFolder) -> dict[str, list[Made]]:
     Raises:
         UsageError, JobError: A stage's, with its row and seed.
     """
-    rows = {WHOLE_METHOD: {}, **job.rows}
+    rows = {BASE: {}, **job.rows}
     made: dict[str, list[Made]] = {name: [] for name in rows}
     for seed in job.seeds:
         for number, (name, values) in enumerate(rows.items(), 1):
@@ -150,13 +150,13 @@ def summarize(scores: Mapping[str, Sequence[Score]]) -> dict[str, dict[str, Spre
     """Of each row the columns of the table.
 
     Args:
-        scores: Of each row, one a seed, all in the same order; the first row is the whole method.
+        scores: Of each row, one a seed, all in the same order; the first row is the base.
 
     Returns:
         None where something could not be measured, and for the first row's difference from itself.
     """
-    (first, whole), *others = ((name, [score.ap50 for score in row]) for name, row in scores.items())
-    different = {first: None} | {name: spread_of(differences(ap50, whole)) for name, ap50 in others}
+    (first, base), *others = ((name, [score.ap50 for score in row]) for name, row in scores.items())
+    different = {first: None} | {name: spread_of(differences(ap50, base)) for name, ap50 in others}
     return {
         name: {
             "AP50": spread_of([score.ap50 for score in row]),
@@ -204,7 +204,7 @@ def _introduction(job: AblationJob) -> str:
     return "\n".join(
         [
             f"Class-agnostic, in percent, on {job.evaluation_dataset}: mean ± standard deviation over the seeds "
-            f"{', '.join(map(str, job.seeds))}. Differences are from the {WHOLE_METHOD} with the same seed.",
+            f"{', '.join(map(str, job.seeds))}. Differences are from the {BASE} with the same seed.",
             "",
             *rows,
             "",

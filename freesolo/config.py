@@ -38,8 +38,8 @@ from freesolo.settings import (
 )
 from freesolo.space import Values, check_values, draw_trials, with_values
 
-WHOLE_METHOD = "whole method"
-"""An ablation's first row."""
+BASE = "base"
+"""The first row of ablations: what they are configured with, before a row sets anything."""
 
 _SEEDS = ("pretrain.loop.seed", "train.loop.seed")
 _ABLATED = ("rounds", "pretrain", "extract", "train", "predict", "held_out")
@@ -283,15 +283,15 @@ class PipelineJob(MethodJob):
 
 
 class AblationJob(MethodJob):
-    """`jobs/run_ablations.py`: the whole method, and rows that differ from it in some settings, each with each seed."""
+    """`jobs/run_ablations.py`: the method, and rows that differ from that in some settings, each with each seed."""
 
     evaluation_dataset: Url  # annotated
     seeds: tuple[NonNegative, ...] = Field(default=(0, 1, 2), min_length=1)  # of pre-training and training
-    rows: dict[PlainName, dict[str, JsonValue]]  # beside the whole method; what each sets: train.losses.pairwise: 0.0
+    rows: dict[PlainName, dict[str, JsonValue]]  # beside the base; what each sets: train.losses.pairwise: 0.0
 
     @model_validator(mode="after")
     def _rows_are_right(self) -> AblationJob:
-        seen = {WHOLE_METHOD: self.row_job({}, self.seeds[0])}
+        seen = {BASE: self.row_job({}, self.seeds[0])}
         for name, values in self.rows.items():
             where = f"rows.{name}"
             if given := [setting for setting in values if setting in _SEEDS]:
@@ -316,8 +316,8 @@ class AblationJob(MethodJob):
             )
         return self
 
-    def row_job(self, values: Values, seed: int, *, source: str = WHOLE_METHOD) -> MethodJob:
-        """The whole method with other settings.
+    def row_job(self, values: Values, seed: int, *, source: str = BASE) -> MethodJob:
+        """The method with other settings than the base's.
 
         Raises:
             ValueError: The values don't go together with each other, or with the rest.

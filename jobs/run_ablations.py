@@ -1,4 +1,4 @@
-"""The whole method beside rows that differ from it, each with several seeds: what is each part worth?
+"""The method beside rows that differ from it, each with several seeds: what is each part worth?
 
 python jobs/run_ablations.py --config configs/ablations/demo.yaml --run-name N --storage URL [k=v ...]
 """

@@ -143,19 +143,19 @@ def scored_by_settings(run: Path) -> Callable[..., Comparison]:
 def assert_the_table_is_of_its_rows(run: Path, result: StageResult) -> None:
     """0.5 and 0.6 have the mean 0.55 and the deviation 0.1 / sqrt(2); without pairs it is 0.3 and 0.4."""
     for name, value in {
-        "whole_method/AP50": 0.55,
-        "whole_method/AP50_deviation": 0.1 / math.sqrt(2),
+        "base/AP50": 0.55,
+        "base/AP50_deviation": 0.1 / math.sqrt(2),
         "no_pairs/AP50": 0.35,
         "no_pairs/AP50_difference": -0.2,
         "no_pairs/AP50_difference_deviation": 0.0,
-        "whole_method/Free_Mask_AP50": 0.06,
+        "base/Free_Mask_AP50": 0.06,
         "no_pairs/Free_Mask_AP50": 0.06,
     }.items():
         assert result.metrics[name] == pytest.approx(value), name
-    assert result.metrics["whole_method/AP50_difference"] is None
+    assert result.metrics["base/AP50_difference"] is None
     page = (run / "ablations" / "ablations.md").read_text()
     assert "- no pairs: `train.losses.pairwise: 0.0`" in page
-    assert "| whole method | 55.0 ± 7.1 | - |" in page
+    assert "| base | 55.0 ± 7.1 | - |" in page
     assert "| no pairs | 35.0 ± 7.1 | -20.0 ± 0.0 |" in page
 
 

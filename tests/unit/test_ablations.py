@@ -20,15 +20,15 @@ def ablation_job(*overrides: str) -> AblationJob:
     return load_config(AblationJob, ROOT / "configs/ablations/smoke.yaml", overrides)
 
 
-def test_a_row_is_the_whole_method_but_for_what_it_sets() -> None:
+def test_a_row_is_the_base_but_for_what_it_sets() -> None:
     job = ablation_job("rows={scales: {extract.free_mask.query_scales: [1.0], train.losses.pairwise: 0.5}}")
-    whole, row = job.row_job({}, 7), job.row_job(job.rows["scales"], 7)
-    assert isinstance(whole, MethodJob)
-    assert whole.extract.free_mask.query_scales == (1.0, 0.5, 0.25)
+    base, row = job.row_job({}, 7), job.row_job(job.rows["scales"], 7)
+    assert isinstance(base, MethodJob)
+    assert base.extract.free_mask.query_scales == (1.0, 0.5, 0.25)
     assert row.extract.free_mask.query_scales == (1.0,)
-    assert row.train.losses == whole.train.losses.model_copy(update={"pairwise": 0.5})
-    assert row.pretrain == whole.pretrain
-    assert (whole.rounds, whole.held_out, whole.dataset) == (job.rounds, job.held_out, job.dataset)
+    assert row.train.losses == base.train.losses.model_copy(update={"pairwise": 0.5})
+    assert row.pretrain == base.pretrain
+    assert (base.rounds, base.held_out, base.dataset) == (job.rounds, job.held_out, job.dataset)
 
 
 def test_a_seed_is_of_the_pre_training_and_of_the_training() -> None:
@@ -61,9 +61,9 @@ def test_a_seed_is_of_the_pre_training_and_of_the_training() -> None:
             r"rows.a: train.loop.seed: leave it out, each row is run with each of seeds",
         ),
         ("rows={a: {extract.backbone: resnet34}}", r"rows.a: .*extract.backbone=resnet34, .*must be the same"),
-        ("rows={a: {train.loop.batch_size: 5}, b: {}}", r"rows.b: is the same as whole method"),
+        ("rows={a: {train.loop.batch_size: 5}, b: {}}", r"rows.b: is the same as base"),
         ("rows={a: {rounds: 0}, b: {rounds: 0}}", r"rows.b: is the same as a; name it otherwise and give what it sets"),
-        ("rows={whole method: {rounds: 0}}", r"rows.whole method: is the same as whole method"),
+        ("rows={base: {rounds: 0}}", r"rows.base: is the same as base"),
         ("rows={a/b: {rounds: 0}}", r"rows.a/b"),
         ("seeds=[]", r"seeds"),
         ("seeds=[1, 1]", r"seeds=\[1, 1\]: each once"),
@@ -94,7 +94,7 @@ def test_a_stage_is_named_by_all_that_it_makes_and_by_nothing_else() -> None:
 
 
 # Three seeds, of which one is lucky and one is not. The row is worse with each of them: by 5, 4 and 3 points.
-WHOLE = [0.10, 0.20, 0.30]
+BASE = [0.10, 0.20, 0.30]
 ROW = [0.05, 0.16, 0.27]
 
 
@@ -106,7 +106,7 @@ def numbers(spread: Spread | None) -> tuple[float, float]:
 
 def test_mean_and_deviation() -> None:
     """Those from 0.2 are -0.1, 0 and 0.1: their squares sum to 0.02, over n - 1 = 2 it is 0.01, whose root is 0.1."""
-    assert numbers(spread_of(WHOLE)) == pytest.approx((0.2, 0.1))
+    assert numbers(spread_of(BASE)) == pytest.approx((0.2, 0.1))
     assert numbers(spread_of([1.0, 3.0])) == pytest.approx((2.0, math.sqrt(2)))
     assert spread_of([0.25, 0.25]) == Spread(0.25, 0.0)
     assert spread_of([0.25]) == Spread(0.25, None)
@@ -119,11 +119,11 @@ def test_what_is_not_known_has_no_mean(values: list[float | None]) -> None:
 
 def test_differences_are_seed_by_seed() -> None:
     """Levels are spread by 0.11 and 0.1; the differences -0.05, -0.04 and -0.03 by 0.01."""
-    assert differences(ROW, WHOLE) == pytest.approx([-0.05, -0.04, -0.03])
-    assert numbers(spread_of(differences(ROW, WHOLE))) == pytest.approx((-0.04, 0.01))
+    assert differences(ROW, BASE) == pytest.approx([-0.05, -0.04, -0.03])
+    assert numbers(spread_of(differences(ROW, BASE))) == pytest.approx((-0.04, 0.01))
     assert differences([0.5, None, 0.5], [None, 0.5, 0.25]) == [None, None, 0.25]
     with pytest.raises(ValueError, match="argument 2 is longer"):
-        differences([0.1], WHOLE)
+        differences([0.1], BASE)
 
 
 def scores(ap50: list[float], free_mask: list[float]) -> list[Score]:
@@ -131,27 +131,27 @@ def scores(ap50: list[float], free_mask: list[float]) -> list[Score]:
 
 
 def test_the_table_in_percent() -> None:
-    rows = {"whole method": scores(WHOLE, [0.01, 0.02, 0.03]), "without it": scores(ROW, [0.01, 0.02, 0.03])}
+    rows = {"base": scores(BASE, [0.01, 0.02, 0.03]), "without it": scores(ROW, [0.01, 0.02, 0.03])}
     summary = summarize(rows)
-    assert summary["whole method"]["AP50 difference"] is None
+    assert summary["base"]["AP50 difference"] is None
     assert numbers(summary["without it"]["AR100"]) == pytest.approx((0.84, 0.11))
     header, rule, *lines = as_table(rows).splitlines()
     assert header.split(" | ")[1:3] == ["mask AP50", "difference in AP50"]
     assert header.count("|") == rule.count("|") == lines[0].count("|")
     assert lines == [
-        "| whole method | 20.0 ± 10.0 | - | 10.0 ± 5.0 | 80.0 ± 10.0 | 2.0 ± 1.0 | 10.0, 20.0, 30.0 |",
+        "| base | 20.0 ± 10.0 | - | 10.0 ± 5.0 | 80.0 ± 10.0 | 2.0 ± 1.0 | 10.0, 20.0, 30.0 |",
         "| without it | 16.0 ± 11.0 | -4.0 ± 1.0 | 8.0 ± 5.5 | 84.0 ± 11.0 | 2.0 ± 1.0 | 5.0, 16.0, 27.0 |",
     ]
 
 
 def test_one_seed_has_no_spread_and_what_was_not_measured_is_a_dash() -> None:
     rows: dict[str, Any] = {
-        "whole method": scores([0.1], [0.0]),
+        "base": scores([0.1], [0.0]),
         "row": scores([0.3], [0.0]),
         "none": [Score(*[None] * 4)],
     }
     assert as_table(rows).splitlines()[2:] == [
-        "| whole method | 10.0 ± - | - | 5.0 ± - | 90.0 ± - | 0.0 ± - | 10.0 |",
+        "| base | 10.0 ± - | - | 5.0 ± - | 90.0 ± - | 0.0 ± - | 10.0 |",
         "| row | 30.0 ± - | +20.0 ± - | 15.0 ± - | 70.0 ± - | 0.0 ± - | 30.0 |",
         "| none | - | - | - | - | - | - |",
     ]
