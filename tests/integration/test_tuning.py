@@ -62,7 +62,7 @@ def tune_job(
     raw = {
         "dataset": dataset,
         "evaluation_dataset": held_out,
-        "held_out": {"short_side": 64},
+        "held_out": {"short_side": 64, "inference": {"min_category_score": 0.0, "min_score": 0.0}},
         "tracking": tracking,
         "train": {
             "model": small_solo().model_dump(mode="json"),
@@ -82,7 +82,7 @@ def last_loss(folder: StageFolder, trial: str) -> float:
 
 def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(scenes: str, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    job = tune_job(scenes, {"uri": uri, "registered_model": "solo"}, steps=12, scheduler="asha", reduction_factor=2.0)
+    job = tune_job(scenes, {"uri": uri, "registered_model": "solo"}, steps=8, scheduler="asha", reduction_factor=2.0)
     job = job.model_copy(update={"label_fraction": 0.75})  # two trials at once train on the same part of the photos
     folder = StageFolder(str(tmp_path), "run", "tune")
     result = tune_stage(job, folder)
@@ -137,17 +137,17 @@ def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(
 
 
 def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, tmp_path: Path) -> None:
-    """Three trials, one after the other; when one has a checkpoint behind it, all of the job's processes are killed.
+    """Two trials in turn; when the second has a checkpoint behind it, all of the job's processes are killed.
 
     They have losses that cannot be compared, so the best is by what the models find in other photos.
     """
     pack(compose_scenes(str(tmp_path / "photos"), 4, size=96, seed=1), str(tmp_path / "held-out"))
-    space = {"train.losses.dice": {"grid": [0.0, 3.0, 1.0]}}
+    space = {"train.losses.dice": {"grid": [3.0, 0.0]}}
     settings = {"scheduler": "none", "max_concurrent": 1, "evaluation_metric": "segm/AR100"}
     job = tune_job(scenes, {"uri": "off"}, space=space, steps=6, held_out=str(tmp_path / "held-out"), **settings)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     folder = StageFolder(str(tmp_path), "run", "tune")
-    trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(3)]
+    trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(2)]
     (tmp_path / "sweep.yaml").write_text(dump_config(job))
     arguments = ["--config", str(tmp_path / "sweep.yaml"), "--run-name", "run", "--storage", str(tmp_path)]
     with (tmp_path / "killed.log").open("wb") as log:
@@ -166,11 +166,11 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, t
                 time.sleep(0.05)
         finally:
             kill_all(process)
-    assert [(trial / "result.json").exists() for trial in trials] == [True, False, False], "killed in the middle"
+    assert [(trial / "result.json").exists() for trial in trials] == [True, False], "killed in the middle"
     before = (trials[0] / "model.pt").stat().st_mtime_ns
 
     result = tune_stage(job, folder)
-    assert result.counts["trials finished"] == 3
+    assert result.counts["trials finished"] == 2
     assert (trials[0] / "model.pt").stat().st_mtime_ns == before, "what was finished is not done again"
     for number, trial in enumerate(trials):
         assert [entry.step for entry in read_journal(str(trial))] == [1, 2, 3, 4, 5, 6], trial
@@ -178,7 +178,8 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, t
         assert losses["dice"] == job.trials()[number]["train.losses.dice"]
     (told,) = [entry.metrics for entry in read_journal(folder.url) if "trial-00000/segm/AR100" in entry.metrics]
     recalls = [told[f"{trial.name}/segm/AR100"] for trial in trials]
-    assert max(recalls) > min(recalls), "the weights of the losses differ, and so do the models"
+    assert last_loss(folder, "trial-00001") < last_loss(folder, "trial-00000"), "it has a loss less"
+    assert recalls[0] >= recalls[1], "and finds no more, so by what is found the first is the best"
     best = recalls.index(max(recalls))
     assert result.outputs["trial"] == trials[best].name
     assert result.metrics["segm/AR100"] == recalls[best]
@@ -217,5 +218,5 @@ def test_what_cannot_be_is_refused_before_anything_is_started(scenes: str, tmp_p
     with pytest.raises(UsageError, match="do not fit the Ray cluster: it has 6 CPUs"):
         tune_stage(large, folder)
     with pytest.raises(UsageError, match=r"evaluation_dataset: .* is what is trained on"):
-        tune_stage(job.model_copy(update={"evaluation_dataset": scenes}), folder)
+        tune_stage(job.model_copy(update={"evaluation_dataset": scenes}), folder.sibling("another"))
     assert not list(tmp_path.rglob("trial-*"))
