@@ -283,6 +283,21 @@ CASES = {
     "typo": Case(
         train("train.loop.stepz=3"), 2, ("train.yaml", "train.loop.stepz", "no such setting", "did you mean steps?")
     ),
+    "unknown head": Case(
+        train("train.model.head.kind=yolo"), 2, ("train.model.head.kind='yolo'", "'solo', 'decoupled' or 'solov2'")
+    ),
+    "unknown supervision": Case(
+        train("train.supervision=points"), 2, ("train.supervision='points'", "'free_masks', 'masks' or 'boxes'")
+    ),
+    "sweep of nothing there is": Case(
+        job(
+            "tune_solo",
+            "configs/tune/solo_learning_rate.yaml",
+            'tune.space={{"train.optimizer.rate":{{"grid":[0.1]}}}}',
+        ),
+        2,
+        ("tune.space: train.optimizer.rate: no such setting", "train.optimizer.learning_rate"),
+    ),
     "override that is no YAML": Case(
         train("train.loop.steps=["), 2, ("'train.loop.steps=['", "not valid YAML", "put it in quotes")
     ),

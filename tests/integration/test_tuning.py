@@ -31,6 +31,7 @@ from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 from tests.small import small_solo
 
 pytestmark = [
+    pytest.mark.sweeps,
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.timeout(600),
     *IGNORE_WARNINGS_OF_RAY_TRAIN,
