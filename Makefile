@@ -70,12 +70,12 @@ $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 # Two files at a time, each in a process that starts a cluster and servers for it; by name, so that end-to-end is first.
 QUICK := -m "not slow and not sweeps and not gpu and not chaos" -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) chromium  ## The tests (about 17 minutes on 2 cores)
-	@echo "test: about 17 minutes on 2 cores"
+test: $(READY) chromium  ## The tests (about 20 minutes on 2 cores)
+	@echo "test: about 20 minutes on 2 cores"
 	$(BIN)/python -m pytest $(QUICK) --durations=25
 
-test-sweeps: $(READY)  ## Many trainings each: sweeps, ablations, fine-tuning (about 10 minutes on 2 cores)
-	@echo "test-sweeps: about 10 minutes on 2 cores"
+test-sweeps: $(READY)  ## Many trainings each: sweeps, ablations, fine-tuning (about 15 minutes on 2 cores)
+	@echo "test-sweeps: about 15 minutes on 2 cores"
 	$(BIN)/python -m pytest -m sweeps -n 2 --dist loadfile --durations=10
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)
