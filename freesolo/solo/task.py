@@ -12,7 +12,7 @@ from freesolo.ops.collectives import sum_over_workers, world_size
 from freesolo.ops.images import normalize
 from freesolo.settings import LossSettings, SoloModelSettings, SupervisionKind
 from freesolo.solo.model import Segmenter
-from freesolo.solo.supervisions.base import Supervision
+from freesolo.solo.supervisions.base import LossInputs, Positives, Supervision
 from freesolo.solo.supervisions.boxes import Boxes
 from freesolo.solo.supervisions.free_masks import FreeMasks
 from freesolo.solo.supervisions.masks import Masks
@@ -42,7 +42,7 @@ class SoloTask(nn.Module):
         self.losses = losses
 
     def forward(self, views: Sequence[SegmentationBatch], step: int) -> dict[str, Float[Tensor, ""]]:
-        """The weighted losses of one step, whose sum is what to minimise.
+        """The weighted losses of one step, whose sum is what to minimise: two workers' gradients are one's with both's.
 
         Views of a batch are trained together, as one batch.
 
@@ -62,19 +62,19 @@ class SoloTask(nn.Module):
         targets = assign_targets(instances, len(batch), height, width, self.segmenter.settings)
         counts = count_slots(targets)  # sent before the forward pass, so that nothing waits for it after
         predictions = self.segmenter(normalize(batch.images.pixels))
-        slots_per_image = counts.wait()
-        return self.supervision.losses(
+        inputs = LossInputs(
             self.segmenter.head,
             predictions,
-            targets,
+            targets.categories,
+            Positives.of(targets, counts.wait()),
             batch.images,
             instances,
             self.losses,
-            step=step,
-            slots_per_image=slots_per_image,
-            sum_over_workers=sum_over_workers,
-            num_workers=world_size(),
+            step,
+            sum_over_workers,
         )
+        # Distributed training averages the workers' gradients, and these losses add up to those of the whole batch.
+        return {name: loss * world_size() for name, loss in self.supervision.losses(inputs).items()}
 
     def initialise(self, generator: torch.Generator) -> SoloTask:
         """Set every parameter and buffer from `generator`."""

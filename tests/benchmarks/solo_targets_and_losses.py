@@ -18,12 +18,12 @@ from skimage.color import rgb2lab
 from torch import Tensor
 from torch.nn import functional
 
-from freesolo.ops.affinity import colour_similarity
 from freesolo.settings import HeadSettings, LossSettings, SoloModelSettings
 from freesolo.solo.heads.base import MASK_STRIDE
 from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
-from freesolo.solo.supervisions.free_masks import free_mask_losses
-from freesolo.solo.supervisions.masks import mask_losses
+from freesolo.solo.supervisions.base import LossInputs, Positives, Supervision
+from freesolo.solo.supervisions.free_masks import FreeMasks
+from freesolo.solo.supervisions.masks import Masks
 from freesolo.solo.targets import assign_targets, mask_targets
 from freesolo.types import GridTargets, Instances, SegmentationBatch
 from tests.benchmarks.measure import Benchmark, Case
@@ -118,9 +118,14 @@ def cases(device: torch.device, size: Size = FULL) -> tuple[Case[Any, Any], ...]
     def peer() -> list[list[LevelTargets]]:
         return peer_targets(on_host.instances, len(batch), size.height, size.width, size.model, device)
 
-    def ours_on_free_masks() -> dict[str, Tensor]:
-        similarity = colour_similarity(batch.images.pixels, batch.images.valid_pixels(), stride=MASK_STRIDE)
-        return free_mask_losses(head, predictions, targets(), batch.instances, similarity, settings, step=STEP)
+    def ours(supervision: Supervision) -> dict[str, Tensor]:
+        assigned = targets()
+        positives = Positives.of(assigned)
+        return supervision.losses(
+            LossInputs(
+                head, predictions, assigned.categories, positives, batch.images, batch.instances, settings, step=STEP
+            )
+        )
 
     return (
         Case(
@@ -133,7 +138,7 @@ def cases(device: torch.device, size: Size = FULL) -> tuple[Case[Any, Any], ...]
         Case(
             name="targets, free-mask losses, gradients",
             peer_name="the same targets, losses level by level, scikit-image's Lab",
-            ours=lambda: _train(predictions, ours_on_free_masks),
+            ours=lambda: _train(predictions, lambda: ours(FreeMasks())),
             peer=lambda: _train(
                 predictions, lambda: peer_free_mask_losses(predictions, peer(), batch, settings, size.model)
             ),
@@ -143,9 +148,7 @@ def cases(device: torch.device, size: Size = FULL) -> tuple[Case[Any, Any], ...]
         Case(
             name="targets, mask losses, gradients",
             peer_name="the same targets, losses level by level",
-            ours=lambda: _train(
-                predictions, lambda: mask_losses(head, predictions, targets(), batch.instances, settings)
-            ),
+            ours=lambda: _train(predictions, lambda: ours(Masks())),
             peer=lambda: _train(predictions, lambda: peer_mask_losses(predictions, peer(), settings, size.model)),
             assert_equal=_assert_same_training,
             repeats=5,

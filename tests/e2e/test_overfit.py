@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.nn import functional
 
 from freesolo.ops.images import normalize, pad_to_batch
 from freesolo.ops.mask_storage import rle_from_coco
@@ -69,13 +70,13 @@ def load_batch(photos: list[dict]) -> SegmentationBatch:
         images.append(torch.from_numpy(pixels).permute(2, 0, 1))
         rles = [rle_from_coco(one["segmentation"], photo["height"], photo["width"]) for one in photo["annotations"]]
         full = decode_rle(rles, photo["height"], photo["width"])[:, None].float()
-        masks.extend(torch.nn.functional.interpolate(full, (height, width), mode="bilinear")[:, 0] >= 0.5)
+        masks.extend(functional.interpolate(full, (height, width), mode="bilinear")[:, 0] >= 0.5)
         image_index += [index] * len(rles)
     pixels, sizes = pad_to_batch(images, 32)
     padded = torch.zeros(len(masks), *pixels.shape[-2:], dtype=torch.bool)
     for row, mask in zip(padded, masks, strict=True):
         row[: mask.shape[0], : mask.shape[1]] = mask
-    count = len(masks)
+    count, generator = len(masks), torch.Generator().manual_seed(0)
     return SegmentationBatch(
         images=ImageBatch(pixels, sizes, tuple(photo["id"] for photo in photos)),
         instances=Instances(
@@ -83,7 +84,7 @@ def load_batch(photos: list[dict]) -> SegmentationBatch:
             masks=padded,
             category_ids=torch.zeros(count, dtype=torch.int64),
             scores=torch.ones(count),
-            embeddings=torch.zeros(count, 0),
+            embeddings=functional.normalize(torch.randn(count, MODEL.embedding_channels, generator=generator), dim=1),
         ),
     )
 

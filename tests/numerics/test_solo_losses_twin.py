@@ -15,10 +15,11 @@ import torch
 from freesolo.ops.affinity import colour_similarity
 from freesolo.settings import LossSettings
 from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
-from freesolo.solo.supervisions.free_masks import free_mask_losses
-from freesolo.solo.supervisions.masks import mask_losses
+from freesolo.solo.supervisions.base import LossInputs, Positives
+from freesolo.solo.supervisions.free_masks import FreeMasks
+from freesolo.solo.supervisions.masks import Masks
 from freesolo.solo.targets import assign_targets
-from freesolo.types import Instances
+from freesolo.types import ImageBatch, Instances
 from tests.small import small_solo
 
 HEIGHT, WIDTH = 64, 96
@@ -93,8 +94,8 @@ def twin_level_mean(terms: list[tuple[int, float]]) -> float:
     return float(np.mean(means)) if means else 0.0
 
 
-def random_batch(seed: int, count: int) -> tuple[SoloV2Predictions, Instances, torch.Tensor, torch.Tensor]:
-    """Three images, the last of which has no instances; predictions of any kind; nearly grey pixels; sizes."""
+def random_inputs(seed: int, count: int) -> LossInputs:
+    """Three images, the last of which has no instances; predictions of any kind; nearly grey pixels."""
     generator = torch.Generator().manual_seed(seed)
     integers = np.random.default_rng(seed)
     masks = torch.zeros(count, HEIGHT, WIDTH, dtype=torch.bool)
@@ -118,9 +119,12 @@ def random_batch(seed: int, count: int) -> tuple[SoloV2Predictions, Instances, t
     )
     pixels = (120 + 10 * torch.rand(3, 3, HEIGHT, WIDTH, generator=generator)).byte()
     sizes = torch.tensor([[64, 96], [60, 77], [41, 96]])
-    rows, columns = torch.arange(HEIGHT), torch.arange(WIDTH)
-    valid = (rows[None, :, None] < sizes[:, 0, None, None]) & (columns[None, None, :] < sizes[:, 1, None, None])
-    return predictions, instances, colour_similarity(pixels, valid), valid
+    targets = assign_targets(instances, 3, HEIGHT, WIDTH, MODEL)
+    images = ImageBatch(pixels, sizes, image_ids=(0, 1, 2))
+    head, settings = SoloV2Head(MODEL), LossSettings()
+    return LossInputs(
+        head, predictions, targets.categories, Positives.of(targets), images, instances, settings, step=250
+    )
 
 
 def reduced(mask: torch.Tensor) -> list[list[float]]:
@@ -145,16 +149,14 @@ def twin_masks(predictions: SoloV2Predictions, image: int, cell: int) -> list[li
 
 @pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 4), (2, 9), (3, 0)])
 def test_free_mask_losses_equal_their_twin(seed: int, count: int):
-    predictions, instances, similarity, _ = random_batch(seed, count)
-    targets = assign_targets(instances, 3, HEIGHT, WIDTH, MODEL)
-    head = SoloV2Head(MODEL)
-    losses = free_mask_losses(
-        head, predictions, targets, instances, similarity, LossSettings(), step=250, empty_images="unknown"
-    )
+    inputs = random_inputs(seed, count)
+    predictions, instances, positives = inputs.predictions, inputs.instances, inputs.positives
+    similarity = colour_similarity(inputs.images.pixels, inputs.images.valid_pixels())
+    losses = FreeMasks().losses(inputs)
     terms: dict[str, list[tuple[int, float]]] = {
         name: [] for name in ("max_projection", "mean_projection", "pairwise", "embedding")
     }
-    columns = (targets.instance, targets.image, targets.level, targets.cell)
+    columns = (positives.instance, positives.image, positives.level, positives.cell)
     for instance, image, level, cell in zip(*(column.tolist() for column in columns), strict=True):
         p, q = twin_masks(predictions, image, cell), reduced(instances.masks[instance])
         embedding = predictions.embeddings[image, :, cell].tolist()
@@ -170,31 +172,31 @@ def test_free_mask_losses_equal_their_twin(seed: int, count: int):
 
     images = set(instances.image_index.tolist())
     focal = sum(
-        twin_focal(predictions.category_logits[image].tolist(), targets.categories[image].tolist(), 0.25, 2.0)
+        twin_focal(predictions.category_logits[image].tolist(), inputs.categories[image].tolist(), 0.25, 2.0)
         for image in images
     )
     weights = {"max_projection": 1.0, "mean_projection": 0.1, "pairwise": 250 / 1000, "embedding": 4.0}
     expected = {name: weights[name] * twin_level_mean(terms[name]) for name in weights}
-    expected["category"] = focal / (len(targets.valid) + 1)
+    expected["category"] = focal / (len(positives.cell) + 1)
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 4), (2, 9), (3, 0)])
 def test_mask_losses_equal_their_twin(seed: int, count: int):
-    predictions, instances, _, _ = random_batch(seed, count)
-    targets = assign_targets(instances, 3, HEIGHT, WIDTH, MODEL)
-    losses = mask_losses(SoloV2Head(MODEL), predictions, targets, instances, LossSettings())
+    inputs = random_inputs(seed, count)
+    predictions, instances, positives = inputs.predictions, inputs.instances, inputs.positives
+    losses = Masks().losses(inputs)
     dice = []
-    columns = (targets.instance, targets.image, targets.cell)
+    columns = (positives.instance, positives.image, positives.cell)
     for instance, image, cell in zip(*(column.tolist() for column in columns), strict=True):
         p, q = twin_masks(predictions, image, cell), reduced(instances.masks[instance])
         dice.append(twin_dice([value for row in p for value in row], [value for row in q for value in row]))
     focal = sum(
-        twin_focal(predictions.category_logits[image].tolist(), targets.categories[image].tolist(), 0.25, 2.0)
+        twin_focal(predictions.category_logits[image].tolist(), inputs.categories[image].tolist(), 0.25, 2.0)
         for image in range(3)
     )
     expected = {
-        "category": focal / (len(targets.valid) + 1),
+        "category": focal / (len(positives.cell) + 1),
         "dice": 3 * (sum(dice) / len(dice) if dice else 0.0),
     }
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)

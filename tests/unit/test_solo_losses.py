@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 
 from freesolo.settings import LossSettings
-from freesolo.solo import positives as subject
 from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.losses import (
     box_regions,
@@ -20,10 +19,12 @@ from freesolo.solo.losses import (
     mean_projection_loss,
     sigmoid_focal_loss,
 )
-from freesolo.solo.supervisions.free_masks import free_mask_losses, pairwise_warmup
-from freesolo.solo.supervisions.masks import mask_losses
+from freesolo.solo.supervisions import positives as subject
+from freesolo.solo.supervisions.base import LossInputs, Positives
+from freesolo.solo.supervisions.free_masks import coarse_mask_losses, pairwise_warmup
+from freesolo.solo.supervisions.masks import Masks
 from freesolo.solo.targets import assign_targets
-from freesolo.types import GridTargets, Instances
+from freesolo.types import GridTargets, ImageBatch, Instances
 from tests.small import small_solo
 
 MODEL = small_solo(
@@ -62,28 +63,32 @@ def instances(*boxes: tuple[int, int, int, int], images: list[int] | None = None
 
 
 THREE = instances((2, 2, 9, 9), (10, 4, 30, 28), (0, 0, 7, 20), images=[0, 0, 1])
-SIMILARITY = torch.ones(2, 8, 8, 8)
-# Pairs that leave the map never count: colour_similarity says so with 0, and so does this.
-for _k, (_down, _across) in enumerate([(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]):
-    for _row in range(8):
-        for _column in range(8):
-            if not (0 <= _row + 2 * _down < 8 and 0 <= _column + 2 * _across < 8):
-                SIMILARITY[:, _k, _row, _column] = 0
+
+
+def inputs_of(
+    made: SoloV2Predictions, labels: Instances, settings: LossSettings | None = None, **options: object
+) -> LossInputs:
+    """Grey images, late enough that the pairwise term has its whole weight."""
+    targets = assign_targets(labels, len(made), 32, 32, MODEL)
+    images = ImageBatch(
+        pixels=torch.full((len(made), 3, 32, 32), 120, dtype=torch.uint8),
+        sizes=torch.tensor([[32, 32]] * len(made)),
+        image_ids=tuple(range(len(made))),
+    )
+    given = {"positives": Positives.of(targets), "step": 2000} | options
+    return LossInputs(
+        HEAD, made, targets.categories, given.pop("positives"), images, labels, settings or LossSettings(), **given
+    )
 
 
 def coarse_losses(
     made: SoloV2Predictions, labels: Instances, settings: LossSettings | None = None, **options: object
 ) -> dict[str, torch.Tensor]:
-    targets = assign_targets(labels, len(made), 32, 32, MODEL)
-    similarity = SIMILARITY[:1].expand(len(made), -1, -1, -1)
-    return free_mask_losses(
-        HEAD, made, targets, labels, similarity, settings or LossSettings(), **({"step": 2000} | options)
-    )
+    return coarse_mask_losses(inputs_of(made, labels, settings, **options), empty_images="unknown")
 
 
 def right_losses(made: SoloV2Predictions, labels: Instances, **options: object) -> dict[str, torch.Tensor]:
-    targets = assign_targets(labels, len(made), 32, 32, MODEL)
-    return mask_losses(HEAD, made, targets, labels, LossSettings(), **options)
+    return Masks().losses(inputs_of(made, labels, **options))
 
 
 def test_focal_by_hand():
@@ -245,13 +250,13 @@ def test_cells_of_images_without_instances():
     labels = instances((2, 2, 9, 9), images=[0])
     made = predictions()
     unknown, background = (
-        coarse_losses(made, labels, empty_images=choice)["category"] for choice in ("unknown", "background")
+        coarse_mask_losses(inputs_of(made, labels), empty_images=choice)["category"]
+        for choice in ("unknown", "background")
     )
     alone = coarse_losses(made.each_image()[0], labels)["category"]
     torch.testing.assert_close(unknown, alone)
     assert background > unknown
     torch.testing.assert_close(background, right_losses(made, labels)["category"])
-    torch.testing.assert_close(unknown, right_losses(made, labels, empty_images="unknown")["category"])
 
 
 def with_padding(targets: GridTargets, slots: int) -> GridTargets:
@@ -262,19 +267,16 @@ def with_padding(targets: GridTargets, slots: int) -> GridTargets:
     return replace(targets, **padded)
 
 
-@pytest.mark.parametrize("slots_per_image", [None, "given"])
-def test_slots_that_hold_nothing_contribute_nothing(slots_per_image):
+@pytest.mark.parametrize("counted", ["here", "before"])
+def test_slots_that_hold_nothing_contribute_nothing(counted):
     targets = assign_targets(THREE, 2, 32, 32, MODEL)
-    if slots_per_image:
-        slots_per_image = torch.bincount(targets.image, minlength=2).tolist()
+    per_image = torch.bincount(targets.image, minlength=2).tolist() if counted == "before" else None
     gradients = []
     for one in (targets, with_padding(targets, 50)):
         made = predictions()
-        losses = free_mask_losses(
-            HEAD, made, one, THREE, SIMILARITY, LossSettings(), step=2000, slots_per_image=slots_per_image
-        )
-        right = mask_losses(HEAD, made, one, THREE, LossSettings(), slots_per_image=slots_per_image)
-        (sum(losses.values()) + sum(right.values())).backward()
+        positives = Positives.of(one, per_image)
+        losses = coarse_losses(made, THREE, positives=positives) | right_losses(made, THREE, positives=positives)
+        sum(losses.values()).backward()
         gradients.append([column.grad for column in columns(made)])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -339,7 +341,7 @@ def test_autocast_does_not_lower_the_precision():
 
 
 def test_two_workers_make_one():
-    # Each worker has one image; each is told the sum of both's counts; DDP's mean of gradients is the whole's.
+    # Each worker has one image; each is told the sum of both's counts; their gradients are the whole's.
     whole = predictions()
     (sum(coarse_losses(whole, THREE).values()) + sum(right_losses(whole, THREE).values())).backward()
     halves = [THREE.of_image(0), THREE.of_image(1)]
@@ -356,11 +358,10 @@ def test_two_workers_make_one():
     for worker, half in enumerate(halves):
         made = predictions()
         alone = made.each_image()[worker]
-        options = {"sum_over_workers": sum_over_workers, "num_workers": 2}
-        total = sum(coarse_losses(alone, half, **options).values()) + sum(right_losses(alone, half, **options).values())
-        total.backward()
+        coarse, right = (of(alone, half, sum_over_workers=sum_over_workers) for of in (coarse_losses, right_losses))
+        (sum(coarse.values()) + sum(right.values())).backward()
         for column, expected in zip(columns(made), columns(whole), strict=True):
-            torch.testing.assert_close(column.grad[worker] / 2, expected.grad[worker], rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(column.grad[worker], expected.grad[worker], rtol=1e-4, atol=1e-7)
     assert [own.tolist() for own in seen] == [counts[0].tolist()] * 2 + [counts[1].tolist()] * 2
 
 

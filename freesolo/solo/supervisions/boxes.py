@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from freesolo.settings import LossSettings
-from freesolo.solo.heads.base import Head, Predictions
 from freesolo.solo.losses import box_regions
-from freesolo.solo.positives import SumOverWorkers
-from freesolo.solo.supervisions.base import Supervision
-from freesolo.solo.supervisions.free_masks import free_mask_losses, similarity_of
-from freesolo.types import GridTargets, ImageBatch, Instances
+from freesolo.solo.supervisions.base import LossInputs, Supervision
+from freesolo.solo.supervisions.free_masks import coarse_mask_losses
+from freesolo.types import Instances
 
 
 class Boxes(Supervision):
@@ -31,31 +26,7 @@ class Boxes(Supervision):
         """The boxes, filled: from here on nobody knows the masks."""
         return replace(instances, masks=box_regions(instances.masks))
 
-    def losses(
-        self,
-        head: Head[Any],
-        predictions: Predictions,
-        targets: GridTargets,
-        images: ImageBatch,
-        instances: Instances,
-        settings: LossSettings,
-        *,
-        step: int,
-        slots_per_image: Sequence[int],
-        sum_over_workers: SumOverWorkers,
-        num_workers: int,
-    ) -> dict[str, Float[Tensor, ""]]:
-        """`category`, `max_projection`, `pairwise`; see `free_mask_losses`."""
-        return free_mask_losses(
-            head,
-            predictions,
-            targets,
-            instances,
-            similarity_of(images),
-            settings.model_copy(update={"mean_projection": 0.0, "embedding": 0.0}),
-            step=step,
-            slots_per_image=slots_per_image,
-            empty_images="background",
-            sum_over_workers=sum_over_workers,
-            num_workers=num_workers,
-        )
+    def losses(self, inputs: LossInputs) -> dict[str, Float[Tensor, ""]]:
+        """`category`, `max_projection`, `pairwise`; see `coarse_mask_losses`."""
+        settings = inputs.settings.model_copy(update={"mean_projection": 0.0, "embedding": 0.0})
+        return coarse_mask_losses(replace(inputs, settings=settings), empty_images="background")

@@ -1,0 +1,106 @@
+"""Means over the cells that have an object: what all supervisions count and compute alike.
+
+Means are over all workers' positives, by counts that `sum_over_workers` adds up. A batch without positives has losses
+of 0 that depend on every prediction, with gradients of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from freesolo.solo.losses import sigmoid_focal_loss
+from freesolo.solo.supervisions.base import LossInputs, Positives
+
+EmptyImages: TypeAlias = Literal["unknown", "background"]
+"""What an image without instances says of its cells: nothing, or that there is nothing."""
+
+SLOTS_AT_ONCE = 128
+"""Masks whose losses are computed together. It bounds memory; results do not depend on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some positives of a batch and their masks.
+
+    Attributes:
+        image: Of the batch, `(P,)`.
+        instance: Row of `Instances`, `(P,)`.
+        logits: Masks before the sigmoid, float32, `(P, h, w)`.
+    """
+
+    image: Int64[Tensor, " P"]
+    instance: Int64[Tensor, " P"]
+    logits: Float[Tensor, "P h w"]
+
+
+def over_chunks(
+    inputs: LossInputs, terms_of: Callable[[Chunk], Float[Tensor, "terms P"]], *, terms: int
+) -> Float[Tensor, "terms P"]:
+    """The terms of all positives, a chunk at a time, whichever images its positives are of.
+
+    Masks and what is derived from them are computed again for the backward pass instead of kept: kept, they would be
+    tens of maps at stride 4 for each positive, more than the network's own activations.
+    """
+    positives, images = inputs.positives, inputs.predictions.each_image()
+    ends = list(accumulate(positives.per_image))
+    starts = [end - count for end, count in zip(ends, positives.per_image, strict=True)]
+
+    def of_chunk(first: int, last: int) -> Tensor:
+        logits = [
+            inputs.head.mask_logits(image, positives.cell[max(start, first) : min(end, last)])
+            for image, start, end in zip(images, starts, ends, strict=True)
+            if max(start, first) < min(end, last)
+        ]
+        chunk = slice(first, last)
+        return terms_of(Chunk(positives.image[chunk], positives.instance[chunk], torch.cat(logits).float()))
+
+    total = sum(positives.per_image)
+    parts = [inputs.predictions.category_logits.new_zeros(terms, 0, dtype=torch.float32)]
+    for first in range(0, total, SLOTS_AT_ONCE):
+        part: Tensor = checkpoint(
+            of_chunk, first, min(first + SLOTS_AT_ONCE, total), use_reentrant=False, preserve_rng_state=False
+        )
+        parts.append(part)
+    return torch.cat(parts, dim=1)
+
+
+def level_counts(inputs: LossInputs) -> Float[Tensor, " levels"]:
+    """All workers' positives on each level."""
+    levels = torch.arange(len(inputs.head.grid_sizes), device=inputs.positives.level.device)
+    return inputs.sum_over_workers((inputs.positives.level == levels[:, None]).sum(dim=1).float())
+
+
+def share_of_level_mean(positives: Positives, counts: Float[Tensor, " levels"]) -> Float[Tensor, " P"]:
+    """What each positive's term is multiplied by, so that the sum is the mean of the levels' means."""
+    levels_with_any = (counts > 0).sum()
+    return 1.0 / (counts[positives.level] * levels_with_any)
+
+
+def category_loss(
+    inputs: LossInputs, counts: Float[Tensor, " levels"], *, empty_images: EmptyImages
+) -> Float[Tensor, ""]:
+    """Focal loss over all cells of all images, over the number of positives and one; it depends on every prediction.
+
+    Args:
+        inputs: Its `instances` say which images have any.
+        counts: Of `level_counts`.
+        empty_images: What images without instances are taken for.
+    """
+    settings, predictions, instances = inputs.settings, inputs.predictions, inputs.instances
+    cells = sigmoid_focal_loss(
+        predictions.category_logits, inputs.categories, alpha=settings.focal_alpha, gamma=settings.focal_gamma
+    )
+    if empty_images == "unknown":
+        images = torch.arange(len(predictions), device=cells.device)
+        occupied = instances.masks.flatten(1).any(dim=1)
+        has_instances = ((instances.image_index == images[:, None]) & occupied).any(dim=1)
+        cells = torch.where(has_instances[:, None], cells, 0.0)
+    return settings.category * cells.sum() / (counts.sum() + 1.0) + predictions.zero()
