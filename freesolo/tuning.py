@@ -14,31 +14,18 @@ sweep needs to go on. Tune's own snapshots, which would have to be unpickled fro
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import os
-import re
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from ray import tune
-from ray.train import UserCallback
-from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
-from ray.util.queue import Empty, Queue
-
-from freesolo.cluster import connect, trainings_at_once
+from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare
-from freesolo.config import PredictJob, TrainJob, TuneJob, dump_config
-from freesolo.data.files import exists, join, read_bytes, write_atomic
+from freesolo.config import PredictJob, TuneJob, dump_config
+from freesolo.data.files import join, write_atomic
 from freesolo.data.ingest import write_subset_on_cluster
 from freesolo.data.subset import Subset
 from freesolo.errors import JobError
@@ -51,50 +38,13 @@ from freesolo.jobs import (
     with_registration,
     witnessed,
 )
-from freesolo.settings import TuneSettings
-from freesolo.space import Values
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
-from freesolo.tracking.journal import Journal, read_journal
+from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import Witness
-from freesolo.train.control import TrainingControl
 from freesolo.train.segmentation import labels_url
-from freesolo.train.storage import checkpoint_storage
+from freesolo.trials import Outcome, Sweep, run_trials
 
-STOP_SECONDS = 120.0
-"""What a trial that is stopped early has for saving and telling MLflow."""
-
-_LOOK_SECONDS = 1.0
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a trial.
-
-    Attributes:
-        name: Of its stage.
-        values: What it set of the space.
-        state: Whether it went to the end.
-        step: The last one that the metric is known of; 0: none.
-        metric: Its value there; None: never reported.
-        reason: Why it failed; None where it did not.
-        held_out: Of one that went to the end, what its predictions on the held-out photos are worth; None without such
-            photos, or where they have no object.
-    """
-
-    name: str
-    values: Values
-    state: Literal["finished", "stopped early", "failed"]
-    step: int
-    metric: float | None
-    reason: str | None = None
-    held_out: float | None = None
-
-    def __str__(self) -> str:
-        values = ", ".join(f"{name}={value}" for name, value in self.values.items())
-        metric = "" if self.metric is None else f", {self.metric:g} at step {self.step}"
-        held_out = "" if self.held_out is None else f", {self.held_out:.4f} on held-out photos"
-        return f"{self.name} ({values}): {self.state}{metric}{held_out}" + (f": {self.reason}" if self.reason else "")
 
 
 def tune_stage(job: TuneJob, folder: StageFolder) -> StageResult:
@@ -107,8 +57,8 @@ def tune_stage(job: TuneJob, folder: StageFolder) -> StageResult:
             tell_dataset(witness, job.dataset)
             for subset in subsets:  # before several trials want it at once
                 write_subset_on_cluster(subset, labels_url(folder, subset.source), bounds=job.bounds)
-            sweep = _Sweep.of(job, folder)
-            failed = _run_trials(sweep, job.tune)
+            sweep = Sweep.of(job, folder)
+            failed = run_trials(sweep, job.tune)
             outcomes = [sweep.outcome(number, failed.get(number)) for number in range(len(sweep.jobs))]
             if job.evaluation_dataset is not None:
                 outcomes = _evaluated(job, job.evaluation_dataset, sweep, outcomes, witness, journal)
@@ -161,7 +111,7 @@ def _held_out_metric(job: TuneJob) -> str | None:
 
 
 def _evaluated(
-    job: TuneJob, dataset: str, sweep: _Sweep, outcomes: Sequence[Outcome], witness: Witness, journal: Journal
+    job: TuneJob, dataset: str, sweep: Sweep, outcomes: Sequence[Outcome], witness: Witness, journal: Journal
 ) -> list[Outcome]:
     """The outcomes, those of trials that went to the end with what they are worth on the held-out photos."""
     predictions = {}
@@ -234,269 +184,3 @@ def _with_best(job: TuneJob, folder: StageFolder, best: Outcome) -> StageResult:
     result = with_registration(train_stage(winner, trial), winner, trial)
     outputs = {"trial": best.name, "values": json.dumps(best.values), "config": config, **result.outputs}
     return StageResult(folder.stage, 0.0, outputs)
-
-
-# --- trials ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Sweep:
-    """What all processes of a sweep know.
-
-    Attributes:
-        folder: Of the sweep's own stage; its trials' are beside it.
-        metric: That trials are compared by.
-        values: What each trial sets of the space.
-        jobs: The trials' trainings.
-        at_once: How many of them.
-    """
-
-    folder: StageFolder
-    metric: str
-    values: tuple[Values, ...]
-    jobs: tuple[TrainJob, ...]
-    at_once: int
-
-    @classmethod
-    def of(cls, job: TuneJob, folder: StageFolder) -> _Sweep:
-        """Share out the connected cluster.
-
-        Raises:
-            UsageError: It cannot hold a single trial.
-        """
-        values = job.trials()
-        at_most = min(job.tune.max_concurrent or len(values), len(values))
-        at_once, data_cpus = trainings_at_once(job.resources, at_most=at_most)
-        shares = {
-            "resources": job.resources.model_copy(update={"data_cpus": data_cpus}),
-            "tracking": job.tracking.model_copy(update={"registered_model": None}),  # the best one's is, at the end
-        }
-        jobs = tuple(job.trial_job(one).model_copy(update=shares) for one in values)
-        return cls(folder, job.tune.metric, values, jobs, at_once)
-
-    def folder_of(self, number: int) -> StageFolder:
-        return self.folder.sibling(f"trial-{number:05d}")
-
-    def finished(self, number: int) -> bool:
-        return exists(join(self.folder_of(number).url, "result.json"))
-
-    def over(self, number: int) -> bool:
-        return self.finished(number) or exists(self.stopped_url(number))
-
-    def stopped_url(self, number: int) -> str:
-        """Of the file that says that a trial was stopped early, and where."""
-        return join(self.folder_of(number).url, "stopped.json")
-
-    def reports(self, number: int) -> list[dict[str, Any]]:
-        """What a trial's journal says of the metric, ascending by step; after an early stop no more."""
-        stopped = None
-        if not self.finished(number) and exists(self.stopped_url(number)):
-            stopped = json.loads(read_bytes(self.stopped_url(number)))["step"]
-        return [
-            {"step": entry.step, "metric": entry.metrics[self.metric]}
-            for entry in read_journal(self.folder_of(number).url)
-            if self.metric in entry.metrics and (stopped is None or entry.step <= stopped)
-        ]
-
-    def outcome(self, number: int, reason: str | None) -> Outcome:
-        last = next(reversed(self.reports(number)), {"step": 0, "metric": None})
-        state: Literal["finished", "stopped early", "failed"] = "failed"
-        if self.finished(number):
-            state, reason = "finished", None
-        elif reason is None:
-            state = "stopped early"
-        return Outcome(
-            self.folder_of(number).stage, self.values[number], state, int(last["step"] or 0), last["metric"], reason
-        )
-
-
-def _run_trials(sweep: _Sweep, settings: TuneSettings) -> dict[int, str]:
-    """Do what is left of the trials.
-
-    Returns:
-        Why some failed, by number.
-
-    Raises:
-        KeyboardInterrupt: Tune was interrupted, which it keeps to itself.
-    """
-    left = [number for number in range(len(sweep.jobs)) if not sweep.over(number)]
-    if not left:
-        return {}
-    # Who is stopped depends on the others: those that are over tell again what they told.
-    numbers = left if settings.scheduler == "none" else list(range(len(sweep.jobs)))
-    _LOG.info("%d trials, %d of them to be done, %d at once", len(sweep.jobs), len(left), sweep.at_once)
-    storage, filesystem = checkpoint_storage(sweep.folder.url)
-    keeper = _Keeper(sweep)
-    for told_by_the_keeper in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis"):
-        logging.getLogger(told_by_the_keeper).setLevel(logging.CRITICAL)
-    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # the keeper does, in a line
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the journals hold it all
-    tuner = tune.Tuner(
-        # They only wait for their trainings, which have resources of their own. Tune wants some, so: a byte.
-        tune.with_resources(tune.with_parameters(Trial, sweep=sweep), {"memory": 1}),
-        param_space={"trial": tune.grid_search(numbers)},
-        tune_config=tune.TuneConfig(
-            metric="metric",
-            mode=settings.mode,
-            scheduler=_scheduler(settings, sweep.jobs),
-            max_concurrent_trials=sweep.at_once,
-        ),
-        run_config=tune.RunConfig(
-            name="ray-tune",
-            storage_path=storage,
-            storage_filesystem=filesystem,
-            callbacks=[keeper],
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # trainings have their own
-            verbose=0,
-        ),
-    )
-    with redirect_stdout(io.StringIO()):  # a job's only line there is its result; Tune prints whatever its verbosity
-        tuner.fit()
-    if not all(sweep.over(number) or number in keeper.failed for number in numbers):
-        raise KeyboardInterrupt
-    return keeper.failed
-
-
-def _scheduler(settings: TuneSettings, jobs: Sequence[TrainJob]) -> TrialScheduler:
-    grace = settings.grace_steps or min(job.train.loop.checkpoint_every for job in jobs)
-    longest = max(grace, *(job.train.loop.steps for job in jobs)) + 1  # what is at its end is not stopped any more
-    if settings.scheduler == "asha":
-        return ASHAScheduler(
-            time_attr="step", max_t=longest, grace_period=grace, reduction_factor=settings.reduction_factor
-        )
-    if settings.scheduler == "median":
-        # Without time slices it would pause trials at their first report, to wait for others'.
-        return MedianStoppingRule(time_attr="step", grace_period=grace, min_time_slice=longest)
-    return FIFOScheduler()
-
-
-class _Keeper(tune.Callback):
-    """In the driver: writes down which trials were stopped early, and remembers which failed."""
-
-    def __init__(self, sweep: _Sweep) -> None:
-        self._sweep = sweep
-        self.failed: dict[int, str] = {}
-
-    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        number = trial.config["trial"]
-        if not self._sweep.over(number):
-            last = {"step": trial.last_result["step"], "metric": trial.last_result["metric"]}
-            write_atomic(self._sweep.stopped_url(number), json.dumps(last).encode())
-        _LOG.info("%s", self._sweep.outcome(number, None))
-
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        # Tune keeps what was raised as text: a traceback, and in its last line the error.
-        last_line = Path(trial.error_file or "").read_text().strip().rpartition("\n")[2]
-        number = trial.config["trial"]
-        self.failed[number] = re.sub(r"^[\w.]+: ", "", last_line)
-        _LOG.warning("%s", self._sweep.outcome(number, self.failed[number]))
-
-
-class Trial(tune.Trainable):
-    """One training of a sweep, as Tune sees it; a step of it is one from checkpoint to checkpoint.
-
-    Of Tune's class kind and not a function: a function's trial that is stopped early is cut off, and its MLflow run
-    never ends. And what Ray's `TuneReportCallback` reports last is lost, or stops the trial for ever, if the function
-    returns before Tune has asked for it.
-    """
-
-    def setup(self, config: dict[str, Any], *, sweep: _Sweep) -> None:  # type: ignore[override]  # with_parameters' way
-        """Begin with what the trial has reported before.
-
-        Args:
-            config: `trial`: its number.
-            sweep: What it is one of.
-        """
-        self._sweep, self._number = sweep, config["trial"]
-        every = sweep.jobs[self._number].train.loop.checkpoint_every
-        self._last_step = sweep.jobs[self._number].train.loop.steps
-        self._known = deque(
-            report
-            for report in sweep.reports(self._number)
-            if report["step"] % every == 0 and report["step"] < self._last_step
-        )
-        self._told = 0.0
-        self._queue = Queue(actor_options={"num_cpus": 0})
-        self._thread = threading.Thread(target=self._train, name="training", daemon=True)
-        self._error: BaseException | None = None
-        self._lock = threading.Lock()
-        self._stopping = False
-        self._ask: Callable[[], object] | None = None
-
-    def step(self) -> dict[str, Any]:
-        """Wait for the next checkpoint, or for the end.
-
-        Returns:
-            `step` and `metric`; with `done` where no more will come.
-
-        Raises:
-            UsageError, JobError: As `train_stage`.
-        """
-        if self._known:
-            return self._tell(self._known.popleft())
-        if not self._sweep.over(self._number):
-            if not self._thread.ident:
-                self._thread.start()
-            running = True
-            while running:
-                running = self._thread.is_alive()  # before the look: what was reported at the end is still seen
-                report = self._next_report()
-                if report is not None:
-                    return self._tell(report)
-            if self._error is not None:
-                raise self._error
-        return {**self._sweep.reports(self._number)[-1], "done": True}
-
-    def cleanup(self) -> None:
-        """Stop the training if it is under way, in good order: it saves, tells MLflow, and gives its workers back."""
-        with self._lock:
-            self._stopping = True
-            if self._ask is not None:
-                self._ask()
-        if self._thread.ident:
-            self._thread.join(STOP_SECONDS)
-        self._queue.shutdown(force=True)
-
-    def _tell(self, report: dict[str, Any]) -> dict[str, Any]:
-        self._told = report["step"]
-        return report
-
-    def _next_report(self) -> dict[str, Any] | None:
-        """The next report of a new step that Tune may decide on, if there is one soon."""
-        try:
-            metrics = self._queue.get(timeout=_LOOK_SECONDS)
-        except Empty:
-            return None
-        if self._sweep.metric not in metrics or not self._told < metrics["step"] < self._last_step:
-            return None
-        return {"step": metrics["step"], "metric": metrics[self._sweep.metric]}
-
-    def _train(self) -> None:
-        control = TrainingControl((_Reports(self._queue),), self._stoppable)
-        folder = self._sweep.folder_of(self._number)
-        try:
-            train_stage(self._sweep.jobs[self._number], folder, self._sweep.folder.url, control=control)
-        except BaseException as error:  # noqa: BLE001  raised in the thread that Tune calls
-            self._error = error
-
-    @contextmanager
-    def _stoppable(self, ask: Callable[[], object]) -> Iterator[None]:
-        with self._lock:
-            self._ask = ask
-            if self._stopping:
-                ask()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._ask = None
-
-
-class _Reports(UserCallback):
-    """In Ray Train's controller: passes on what worker 0 reports with each checkpoint."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self._queue.put_nowait(metrics[0])

@@ -14,7 +14,8 @@ from freesolo.errors import JobError, UsageError
 from freesolo.settings import RangeSettings, ResourceSettings, TrainSettings
 from freesolo.space import draw_trials, with_values
 from freesolo.stages import StageFolder, what_is_made
-from freesolo.tuning import Outcome, as_table, best_of, tune_stage
+from freesolo.trials import Outcome
+from freesolo.tuning import as_table, best_of, tune_stage
 
 RATE = "train.optimizer.learning_rate"
 
