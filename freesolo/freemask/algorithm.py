@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from freesolo.ops.masks import areas, resize_masks_soft
+from freesolo.ops.masks import Projections, areas, resize_masks_soft
 from freesolo.ops.nms import matrix_nms
 from freesolo.settings import FreeMaskSettings
 
@@ -133,7 +133,8 @@ def _soft_masks(
 def _plausible(masks: Bool[Tensor, "N H W"], settings: FreeMaskSettings) -> Bool[Tensor, " N"]:
     """The released code's filters, for masks at the top border or across the image; and for what the resize emptied."""
     height, width = masks.shape[1:]
-    rows, columns = masks.any(dim=2), masks.any(dim=1)
+    projections = Projections.of(masks)
+    rows, columns = projections.rows > 0, projections.columns > 0
     row_count = rows.sum(dim=1)
     plausible = row_count > 0
     if settings.top_border > 0:

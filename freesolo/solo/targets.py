@@ -14,12 +14,13 @@ Nothing here loops over instances or cells or waits for the device; `count_slots
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from freesolo.ops.masks import areas, boxes_xyxy, centre_of_mass
+from freesolo.ops.masks import Projections
 from freesolo.settings import SoloModelSettings
 from freesolo.types import GridTargets, Instances
 
@@ -75,9 +76,10 @@ def assign_targets(
     Returns:
         Slots in the order of instances, hence of images; the valid ones first, `slot_capacity` in all if not trimmed.
     """
-    candidates = _candidates(instances, height, width, settings)
+    projections = Projections.of(instances.masks)
+    candidates = _candidates(projections, instances.image_index, height, width, settings)
     cells = sum(size * size for size in settings.grid_sizes)
-    smallest_last = areas(instances.masks).argsort(descending=True, stable=True)
+    smallest_last = projections.areas().argsort(descending=True, stable=True)
     rank = torch.empty_like(smallest_last).scatter_(0, smallest_last, _arange_like(smallest_last))
 
     # The highest rank in each cell, -1 in free ones; what is not valid goes to one cell past the end.
@@ -165,26 +167,29 @@ def mask_targets(instances: Instances, stride: int) -> Bool[Tensor, "N h w"]:
     Raises:
         ValueError: If the stride is odd, or does not divide the masks' height and width.
     """
-    count, height, width = instances.masks.shape
+    height, width = instances.masks.shape[1:]
     if stride % 2 or height % stride or width % stride:
         raise ValueError(
             f"masks of {height} x {width} px cannot be reduced by stride {stride}: it must be even and fit"
         )
-    middle = (stride // 2 - 1, stride // 2)
-    corners = [instances.masks[:, row::stride, column::stride] for row in middle for column in middle]
-    resized = torch.stack([corner.byte() for corner in corners]).sum(dim=0, dtype=torch.uint8) >= 2
-    blocks = instances.masks.reshape(count, height // stride, stride, width // stride, stride)
-    touched = blocks.any(dim=4).any(dim=2)
+    # Rows first, which are contiguous, then columns; as bytes, which a CPU takes many at a time.
+    pixels, middle = instances.masks.view(torch.uint8), stride // 2
+    rows = pixels[:, middle - 1 :: stride] + pixels[:, middle::stride]
+    resized = rows[..., middle - 1 :: stride] + rows[..., middle::stride] >= 2
+    rows = reduce(torch.bitwise_or, (pixels[:, row::stride] for row in range(stride)))
+    touched = reduce(torch.bitwise_or, (rows[..., column::stride] for column in range(stride))).bool()
     vanished = ~resized.flatten(1).any(dim=1)
     return torch.where(vanished[:, None, None], touched, resized)
 
 
-def _candidates(instances: Instances, height: int, width: int, settings: SoloModelSettings) -> _Candidates:
+def _candidates(
+    projections: Projections, image_index: Int64[Tensor, " N"], height: int, width: int, settings: SoloModelSettings
+) -> _Candidates:
     """All candidates. In float64, so that a coordinate on the edge of a cell falls into the same cell everywhere."""
-    device = instances.masks.device
-    boxes = boxes_xyxy(instances.masks).double()
+    device = image_index.device
+    boxes = projections.boxes_xyxy().double()
     box_size = torch.stack((boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]), dim=1)  # (N, 2): height, width
-    centre = centre_of_mass(instances.masks).double()  # (N, 2): y, x
+    centre = projections.centres_of_mass().double()  # (N, 2): y, x
     grid = _constants(settings.grid_sizes, device)
     extent = _constants((height, width), device)
     low, high = (_constants(ends, device) for ends in zip(*settings.scale_ranges, strict=True))
@@ -207,9 +212,9 @@ def _candidates(instances: Instances, height: int, width: int, settings: SoloMod
     size = grid.long()
     offset = (size * size).cumsum(0) - size * size
     index = offset[:, None, None] + cells[:, :, 0, :, None] * size[:, None, None] + cells[:, :, 1, None, :]
-    instance = torch.arange(len(instances), device=device)[:, None, None, None].expand_as(valid)
+    instance = torch.arange(len(image_index), device=device)[:, None, None, None].expand_as(valid)
     level = torch.arange(len(settings.grid_sizes), device=device)[None, :, None, None].expand_as(valid)
-    image = instances.image_index[:, None, None, None].expand_as(valid)
+    image = image_index[:, None, None, None].expand_as(valid)
     return _Candidates(*(column.flatten() for column in (valid, instance, image, level, index)))
 
 

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
 from mlflow import MlflowClient
+from PIL import Image
 
 from freesolo.config import TrainJob, TuneJob, dump_config, load_config, parse_config
 from freesolo.data.files import join
@@ -48,6 +50,26 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("scenes")
     annotations = compose_scenes(str(folder / "photos"), 8, size=96, seed=0)
     pack(annotations, str(folder / "data"), samples_per_shard=4)
+    return str(folder / "data")
+
+
+def pack_plates(folder: Path, count: int, *, seed: int) -> str:
+    """An annotated data set of bright squares that nearly fill their photos, which a few steps learn to find."""
+    random = np.random.default_rng(seed)
+    annotations, images = [], []
+    (folder / "photos").mkdir(parents=True)
+    for number in range(1, count + 1):
+        left, top = (int(start) for start in random.integers(2, 10, 2))
+        pixels = random.integers(40, 80, (96, 96, 3), dtype=np.uint8)
+        pixels[top : top + 84, left : left + 84] += 130
+        Image.fromarray(pixels).save(folder / "photos" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 96, "width": 96})
+        corners = [left, top, left + 84, top, left + 84, top + 84, left, top + 84]
+        box = {"bbox": [left, top, 84, 84], "area": 84 * 84, "segmentation": [corners]}
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "iscrowd": 0, **box})
+    document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "plate"}]}
+    (folder / "photos" / "annotations.json").write_text(json.dumps(document))
+    pack(str(folder / "photos" / "annotations.json"), str(folder / "data"), samples_per_shard=4)
     return str(folder / "data")
 
 
@@ -137,15 +159,17 @@ def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(
     assert tune_stage(job, folder) == result, "a finished sweep is not done again"
 
 
-def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, tmp_path: Path) -> None:
+def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     """Two trials in turn; when the second has a checkpoint behind it, all of the job's processes are killed.
 
-    They have losses that cannot be compared, so the best is by what the models find in other photos.
+    They have losses that cannot be compared, so the best is by what the models find in other photos: the one that is
+    not taught its masks has a loss less, and finds less.
     """
-    pack(compose_scenes(str(tmp_path / "photos"), 4, size=96, seed=1), str(tmp_path / "held-out"))
-    space = {"train.losses.dice": {"grid": [3.0, 0.0]}}
+    plates = pack_plates(tmp_path / "plates", 8, seed=0)
+    held_out = pack_plates(tmp_path / "held-out", 4, seed=1)
+    space = {"train.losses.dice": {"grid": [0.0, 3.0]}}
     settings = {"scheduler": "none", "max_concurrent": 1, "evaluation_metric": "segm/AR100"}
-    job = tune_job(scenes, {"uri": "off"}, space=space, steps=6, held_out=str(tmp_path / "held-out"), **settings)
+    job = tune_job(plates, {"uri": "off"}, space=space, steps=8, held_out=held_out, **settings)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     folder = StageFolder(str(tmp_path), "run", "tune")
     trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(2)]
@@ -174,16 +198,15 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(scenes: str, t
     assert result.counts["trials finished"] == 2
     assert (trials[0] / "model.pt").stat().st_mtime_ns == before, "what was finished is not done again"
     for number, trial in enumerate(trials):
-        assert [entry.step for entry in read_journal(str(trial))] == [1, 2, 3, 4, 5, 6], trial
+        assert [entry.step for entry in read_journal(str(trial))] == list(range(1, 9)), trial
         losses = json.loads((trial / "settings.json").read_text())["train"]["losses"]
         assert losses["dice"] == job.trials()[number]["train.losses.dice"]
     (told,) = [entry.metrics for entry in read_journal(folder.url) if "trial-00000/segm/AR100" in entry.metrics]
     recalls = [told[f"{trial.name}/segm/AR100"] for trial in trials]
-    assert last_loss(folder, "trial-00001") < last_loss(folder, "trial-00000"), "it has a loss less"
-    assert recalls[0] >= recalls[1], "and finds no more, so by what is found the first is the best"
-    best = recalls.index(max(recalls))
-    assert result.outputs["trial"] == trials[best].name
-    assert result.metrics["segm/AR100"] == recalls[best]
+    assert last_loss(folder, "trial-00000") < last_loss(folder, "trial-00001")
+    assert 0 <= recalls[0] < recalls[1]
+    assert result.outputs["trial"] == "trial-00001"
+    assert result.metrics["segm/AR100"] == recalls[1]
     table = (Path(folder.url) / "trials.md").read_text()
     assert "| trial | train.losses.dice | loss | segm/AR100 | step | state |" in table
     undisturbed = StageFolder(str(tmp_path), "undisturbed", "solo")

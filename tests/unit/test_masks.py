@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 from pycocotools import mask as coco_mask
+from torch.nn import functional
 
 from freesolo.ops.mask_storage import check_rle_counts, pack_masks, rle_from_coco
 from freesolo.ops.masks import (
+    Projections,
     areas,
     boxes_xywh,
     boxes_xyxy,
-    centre_of_mass,
     decode_rle,
     encode_rle,
     mask_iou,
@@ -65,13 +66,30 @@ def test_centre_of_mass_is_in_pixel_edges_y_then_x():
     # CORNER has pixels (0,0), (0,1), (1,0): centres y 0.5, 0.5, 1.5 and x 0.5, 1.5, 0.5, so 2.5 / 3 for both.
     masks = draw(ONE_PIXEL, CORNER, EMPTY, FULL, APART)
     expected = torch.tensor([[2.5, 3.5], [2.5 / 3, 2.5 / 3], [0.0, 0.0], [2.0, 2.5], [2.0, 2.5]])
-    torch.testing.assert_close(centre_of_mass(masks), expected)
+    torch.testing.assert_close(Projections.of(masks).centres_of_mass(), expected)
 
 
 def test_centre_of_mass_of_a_large_mask():
     # Positions of 2003 x 1999 pixels sum to some 4e9, beyond int32 and beyond float32's whole numbers.
     masks = torch.ones(1, 2003, 1999, dtype=torch.bool)
-    assert centre_of_mass(masks).tolist() == [[1001.5, 999.5]]
+    assert Projections.of(masks).centres_of_mass().tolist() == [[1001.5, 999.5]]
+
+
+@pytest.mark.parametrize("extent", [(1, 1), (3, 8), (5, 13), (300, 24), (2, 2041), (260, 2100)])
+@pytest.mark.parametrize("layout", ["whole", "a slice", "transposed", "at an odd address"])
+def test_projections_are_counts(extent: tuple[int, int], layout: str):
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(3, *extent, generator=generator) < torch.tensor([0.5, 0.0, 1.1])[:, None, None]
+    if layout == "a slice":
+        masks = functional.pad(masks, (3, 2, 1, 0))[:, 1:, 3:-2]
+    elif layout == "transposed":
+        masks = masks.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "at an odd address":
+        masks = functional.pad(masks.flatten(), (3, 0))[3:].view(masks.shape)
+    projections = Projections.of(masks)
+    assert projections.rows.tolist() == masks.long().sum(dim=2).tolist()
+    assert projections.columns.tolist() == masks.long().sum(dim=1).tolist()
+    assert projections.areas().tolist() == areas(masks).tolist() == masks.long().sum(dim=(1, 2)).tolist()
 
 
 def test_mask_iou_of_every_pair():
@@ -102,7 +120,7 @@ def test_no_masks_have_no_anything():
     assert boxes_xyxy(NONE).shape == (0, 4)
     assert boxes_xywh(NONE).shape == (0, 4)
     assert areas(NONE).shape == (0,)
-    assert centre_of_mass(NONE).shape == (0, 2)
+    assert Projections.of(NONE).centres_of_mass().shape == (0, 2)
     assert mask_iou(NONE, draw(FULL)).shape == (0, 1)
     assert encode_rle(NONE) == []
     assert decode_rle([], 4, 5).shape == (0, 4, 5)

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import (
 from freesolo.ops.affinity import PairwiseTerms, colour_similarity, pairwise_affinity_loss, pairwise_affinity_terms
 from freesolo.ops.images import normalize
 from freesolo.ops.masks import (
+    Projections,
     areas,
     boxes_xywh,
     boxes_xyxy,
-    centre_of_mass,
     mask_iou,
     resize_masks_soft,
     unpack_masks,
@@ -40,7 +40,7 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "boxes_xyxy": lambda: boxes_xyxy(masks()),
     "boxes_xywh": lambda: boxes_xywh(masks()),
     "areas": lambda: areas(masks()),
-    "centre_of_mass": lambda: centre_of_mass(masks()),
+    "centres_of_mass": lambda: Projections.of(masks()).centres_of_mass(),
     "mask_iou": lambda: mask_iou(masks(), masks()),
     "resize_masks_soft": lambda: resize_masks_soft(torch.zeros(3, 8, 8), 5, 6),
     "unpack_masks": lambda: unpack_masks(torch.zeros(3, 8, dtype=torch.uint8), 8, 8),
