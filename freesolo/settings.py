@@ -11,8 +11,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"{list(bounds)}: give [low, high]")
+    return bounds
+
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Interval = Annotated[tuple[float, float], AfterValidator(_ascending)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LabelFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 PlainName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=50)]  # is part of names of folders and metrics
@@ -177,20 +186,21 @@ class ColourSettings(Settings):
     """MoCo v2's jitter, grey and blur (arXiv:2003.04297), which FreeSOLO's strong view shares."""
 
     jitter_probability: Fraction = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
+    brightness: Fraction = 0.4  # a factor from 1 less this to 1 and this; contrast and saturation likewise
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+    hue: float = Field(default=0.1, ge=0.0, le=0.5)  # of a turn, each way
     grayscale_probability: Fraction = 0.2
     blur_probability: Fraction = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)] = (0.1, 2.0)
 
 
 class ViewSettings(ColourSettings):
     """MoCo v2's augmentation, each view alone."""
 
     size: Positive = 224
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    # Shares of the photo's area.
+    crop_scale: Annotated[tuple[LabelFraction, LabelFraction], AfterValidator(_ascending)] = (0.2, 1.0)
     flip_probability: Fraction = 0.5
 
 
@@ -235,7 +245,7 @@ class FreeMaskSettings(Settings):
     short_side: Positive = 800
     long_side_max: Positive = 1333
     feature_level: Literal[3, 4, 5] = 5  # which ResNet stage's map: stride 8, 16 or 32
-    query_scales: tuple[float, ...] = (1.0, 0.5, 0.25)
+    query_scales: tuple[Annotated[float, Field(gt=0.0, le=4.0)], ...] = Field(default=(1.0, 0.5, 0.25), min_length=1)
     mask_threshold: Fraction = 0.5
     min_maskness: Fraction = 0.7  # after NMS
     max_instances: Instances = 20
@@ -284,7 +294,13 @@ class SoloModelSettings(Settings):
     embedding_channels: Positive = 128
     grid_sizes: tuple[Positive, ...] = (40, 36, 24, 16, 12)
     strides: tuple[Positive, ...] = (8, 8, 16, 32, 32)
-    scale_ranges: tuple[tuple[float, float], ...] = ((1, 96), (48, 192), (96, 384), (192, 768), (384, 2048))
+    scale_ranges: tuple[Interval, ...] = (
+        (1, 96),
+        (48, 192),
+        (96, 384),
+        (192, 768),
+        (384, 2048),
+    )
     centre_sigma: float = Field(default=0.2, gt=0.0)
 
     @model_validator(mode="after")
@@ -303,7 +319,7 @@ class LossSettings(Settings):
     mean_projection: float = Field(default=0.1, ge=0.0)
     pairwise: float = Field(default=1.0, ge=0.0)
     pairwise_warmup_steps: NonNegative = 1000
-    pairwise_min_similarity: Fraction = 0.3
+    pairwise_min_similarity: float = Field(default=0.3, gt=0.0, le=1.0)  # pairs that must not count have 0
     embedding: float = Field(default=4.0, ge=0.0)
     dice: float = Field(default=3.0, ge=0.0)  # supervision: masks
     focal_alpha: Fraction = 0.25
@@ -324,13 +340,13 @@ class InferenceSettings(Settings):
 class SegmentationViewSettings(ColourSettings):
     """FreeSOLO's weak and strong views and copy-paste (arXiv:2202.12181)."""
 
-    short_sides: tuple[Positive, ...] = (640, 672, 704, 736, 768, 800)
+    short_sides: tuple[Positive, ...] = Field(default=(640, 672, 704, 736, 768, 800), min_length=1)
     long_side_max: Positive = 1333
     size_divisor: Positive = 32
     flip_probability: Fraction = 0.5
     strong: bool = True  # train on a strong view beside the weak one
-    erasing_probabilities: tuple[float, ...] = (0.7, 0.5, 0.3)
-    copy_paste: bool = True
+    erasing_probabilities: tuple[Fraction, ...] = (0.7, 0.5, 0.3)
+    copy_paste: bool = True  # into the strong view
 
 
 class TrainSettings(Settings):
@@ -408,13 +424,11 @@ class TuneSettings(Settings):
     space: dict[str, RangeSettings] = Field(min_length=1)  # by dotted setting: train.optimizer.learning_rate
     trials: Positive = 1  # draws from the space; each of them at every point of its grids
     seed: NonNegative = 0  # of the draws
-    metric: str = (
-        "loss"  # any that the training reports; it says who falls behind, and without held-out photos who is best
-    )
+    # Any that the training reports; it says who falls behind, and without held-out photos who is best.
+    metric: str = "loss"
     mode: Literal["min", "max"] = "min"
-    evaluation_metric: EvaluationMetric = (
-        "segm/AP"  # with held-out photos: of those that went to the end the best has most
-    )
+    # With held-out photos: of those that went to the end the best has most.
+    evaluation_metric: EvaluationMetric = "segm/AP"
     scheduler: Literal["asha", "median", "none"] = "asha"  # who stops trials that fall behind, at their checkpoints
     grace_steps: Positive | None = None  # no trial is stopped before; None: not before its first checkpoint
     reduction_factor: float = Field(default=3.0, gt=1.0)  # asha: of this many trials one goes on, at each rung

@@ -202,8 +202,9 @@ def _scheduler(settings: TuneSettings, jobs: Sequence[TrainJob]) -> TrialSchedul
             time_attr="step", max_t=longest, grace_period=grace, reduction_factor=settings.reduction_factor
         )
     if settings.scheduler == "median":
-        # Without time slices it would pause trials at their first report, to wait for others'.
-        return MedianStoppingRule(time_attr="step", grace_period=grace, min_time_slice=longest)
+        # With any finite time slice it pauses trials at their first report, to wait for others': they cannot be paused.
+        never = float("inf")
+        return MedianStoppingRule(time_attr="step", grace_period=grace, min_time_slice=never)  # type: ignore[arg-type]
     return FIFOScheduler()
 
 

@@ -28,7 +28,7 @@ def info_nce(
         temperature: Divides the similarities.
 
     Returns:
-        The mean over the queries, in float32 whatever the inputs are.
+        The mean over the queries, float32; under autocast the similarities are rounded as its products are.
     """
     # Positives and negatives stay apart: joined, the (N, K) similarities would be copied once more.
     attraction = (query * positive).sum(dim=1).float() / temperature
@@ -42,9 +42,11 @@ def match_cells(
 ) -> Int64[Tensor, "B S2"]:
     """The cell of the key view that looks most like each cell of the query view, by the backbones' features.
 
-    Source: arXiv:2011.09157 sec. 3.3. No gradient flows through the choice.
+    Source: arXiv:2011.09157 sec. 3.3. No gradient flows through the choice. In float32 under autocast too: in bfloat16
+    the cosines of like features would often be equal, and the choice the first of them.
     """
-    return torch.bmm(query_features.transpose(1, 2), key_features).argmax(dim=2)
+    with torch.autocast(query_features.device.type, enabled=False):
+        return torch.bmm(query_features.float().transpose(1, 2), key_features.float()).argmax(dim=2)
 
 
 def dense_loss(

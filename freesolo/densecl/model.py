@@ -161,7 +161,8 @@ class DenseCL(nn.Module):
         weight = self.settings.dense_loss_weight if step >= self.settings.dense_loss_warmup_steps else 0.0
         losses = {
             "global": (1 - weight) * self._global_loss(query, key),
-            "dense": weight * self._dense_loss(query, key) if weight else _nothing(query.dense),
+            # Without it a zero that depends on the dense head: DDP waits for the gradient of every parameter.
+            "dense": weight * self._dense_loss(query, key) if weight else query.dense[..., :0].float().sum(),
         }
         self._enqueue(key)
         return losses
@@ -223,8 +224,3 @@ class DenseCL(nn.Module):
         self.global_queue.index_copy_(0, rows, image.to(self.global_queue.dtype))
         self.dense_queue.index_copy_(0, rows, pooled.to(self.dense_queue.dtype))
         self.queue_pointer.add_(len(image)).remainder_(self.settings.queue_length)
-
-
-def _nothing(dense: Float[Tensor, "B D S2"]) -> Float[Tensor, ""]:
-    """Zero, with a gradient of zero for the dense head: DDP waits for the gradient of every parameter."""
-    return dense.sum().float() * 0.0

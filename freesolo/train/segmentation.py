@@ -291,7 +291,7 @@ def _save_segmenter(
 @torch.no_grad()
 def _look(job: TrainJob, learner: Learner, views: tuple[SegmentationBatch, ...]) -> Look:
     """The first photos of the weak view: above the labels that it is trained on, below what it predicts."""
-    module = learner.task.module
+    module = learner.best_module()
     assert isinstance(module, SoloTask)
     images, labels = views[0].images, views[0].instances
     count = min(PICTURED_IMAGES, len(images))
