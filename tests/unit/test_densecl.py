@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from freesolo.config import PretrainJob, load_config
 from freesolo.densecl.loss import dense_loss, info_nce, match_cells
@@ -296,6 +297,29 @@ def test_grid(grid_size, cells):
         assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
     losses = network(views(size=96), 0)
     assert all(loss.isfinite() and loss.requires_grad for loss in losses.values())
+
+
+def test_cells_are_matched_in_single_precision_under_autocast():
+    # Cosines of 0.9990 and 0.9991 are one number in bfloat16; the second is the larger.
+    angles = torch.tensor([[0.0447, 0.0424, 1.0]])
+    keys = torch.stack([angles.cos(), angles.sin()], dim=1)
+    query = torch.tensor([1.0, 0.0])[None, :, None].repeat(1, 1, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first, second, _ = torch.bmm(query.mT, keys)[0, 0]
+        assert first == second
+        assert match_cells(query, keys).tolist() == [[1, 1, 1]]
+
+
+def test_a_pooled_grid_is_the_mean_of_its_cells():
+    pooled, whole = model(grid_size=1), model()
+    pooled.load_state_dict(whole.state_dict())
+    pooled.eval()
+    whole.eval()
+    images = views(size=96).query
+    features = whole.query.backbone(images).c5
+    expected = functional.normalize(features.mean(dim=(2, 3)), dim=1)
+    torch.testing.assert_close(pooled.query(images).features[:, :, 0], expected)
+    torch.testing.assert_close(pooled.query(images).image, whole.query(images).image)
 
 
 def test_bfloat16_autocast_leaves_losses_and_queues_in_single_precision():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from freesolo.models.fpn import Pyramid
 from freesolo.settings import HeadSettings, SoloModelSettings
@@ -82,6 +83,33 @@ def test_solo_has_a_map_for_every_cell() -> None:
         every = network.mask_outputs[level](one.mask_features[level])[0]
         assert every.shape[0] == GRIDS[level] ** 2
         torch.testing.assert_close(mask, enlarged(every[row * GRIDS[level] + column]))
+
+
+def test_solo_forms_no_map_of_a_cell_that_is_not_asked_for() -> None:
+    """Neither of its last convolutions is called, nor does any tensor have a channel for every cell of a level."""
+    network = head("solo")
+    assert isinstance(network, SoloHead)
+    for output in network.mask_outputs:
+        output.register_forward_pre_hook(lambda module, arguments: pytest.fail("all maps of a level are formed"))
+
+    class Shapes(TorchDispatchMode):
+        """Notes what every operation returns."""
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.dim() >= 2:
+                    maps.append((function, tuple(tensor.shape)))
+            return result
+
+    maps: list[tuple[object, tuple[int, ...]]] = []
+    with Shapes():
+        one = network(pyramid()).each_image()[1]
+        network.mask_logits(one, torch.tensor([89, 0, 7]))
+    extents = {features.shape[-2] * features.shape[-1] for features in one.mask_features}
+    for function, shape in maps:
+        channels, pixels = (shape[-3], shape[-2] * shape[-1]) if len(shape) >= 3 else shape
+        assert not (pixels in extents and channels in {CELLS, *(size * size for size in GRIDS)}), (function, shape)
 
 
 def test_decoupled_maps_are_products_of_a_columns_and_a_rows() -> None:
