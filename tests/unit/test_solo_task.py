@@ -77,7 +77,7 @@ def test_losses_and_their_gradients(supervision, names):
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("supervision", SUPERVISIONS)
 def test_every_head_learns_under_every_supervision_and_is_asked_alike(kind, supervision):
-    """Some steps lower the losses, and the same post-processing finds something, at thresholds of so short a training."""
+    """Some steps lower the losses, and the same post-processing finds something, at such a training's thresholds."""
     model = small_solo(head=MODEL.head.model_copy(update={"kind": kind}))
     one = task(supervision, LossSettings(pairwise_warmup_steps=0), model=model)
     optimizer = torch.optim.AdamW(one.parameters(), lr=0.003)
