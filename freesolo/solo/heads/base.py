@@ -35,7 +35,10 @@ COORDINATES = 2
 """Channels that `append_coordinates` appends."""
 
 PRIOR_PROBABILITY = 0.01
-"""Before training, of an object in a cell (arXiv:1708.02002 sec. 4.1); also the standard deviation of the weights."""
+"""Before training, of an object in a cell, and of each pixel of a mask that has a bias (arXiv:1708.02002 sec. 4.1)."""
+
+WEIGHT_DEVIATION = 0.01
+"""Standard deviation of the weights before training (arXiv:1708.02002 sec. 4.1)."""
 
 
 @runtime_checkable
@@ -105,12 +108,12 @@ class Head(nn.Module, ABC, Generic[Said]):
         """Set every parameter: normal weights, zero biases, and a category bias that says 1% (arXiv:1708.02002)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=PRIOR_PROBABILITY, generator=generator)
+                nn.init.normal_(module.weight, std=WEIGHT_DEVIATION, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.GroupNorm):
                 module.reset_parameters()
-        say_one_percent(self.category_output)
+        begin_at(PRIOR_PROBABILITY, self.category_output)
         return self
 
     def _cells(self, grids: Sequence[Tensor]) -> tuple[Float[Tensor, "B C L"], Float[Tensor, "B E L"]]:
@@ -209,10 +212,10 @@ def convolutions(modules: nn.ModuleList) -> list[nn.Conv2d]:
 
 
 @torch.no_grad()
-def say_one_percent(output: nn.Conv2d) -> None:
-    """Set an output's bias so that its sigmoid begins at `PRIOR_PROBABILITY`."""
+def begin_at(probability: float, output: nn.Conv2d) -> None:
+    """Set an output's bias so that its sigmoid begins at `probability`."""
     assert output.bias is not None
-    nn.init.constant_(output.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+    nn.init.constant_(output.bias, -math.log((1 - probability) / probability))
 
 
 def enlarged(features: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C _ _"]:

@@ -16,14 +16,15 @@ from freesolo.models.fpn import Pyramid
 from freesolo.settings import SoloModelSettings
 from freesolo.solo.heads.base import (
     COORDINATES,
+    PRIOR_PROBABILITY,
     Head,
     append_coordinates,
+    begin_at,
     convolutions,
     enlarged,
     level_maps,
     masks_by_level,
     resize,
-    say_one_percent,
     sum_of_nothing,
     tower,
 )
@@ -106,5 +107,5 @@ class SoloHead(Head[SoloPredictions]):
         """As `Head.initialise`; masks begin as the categories do, at 1%."""
         super().initialise(generator)
         for output in convolutions(self.mask_outputs):
-            say_one_percent(output)
+            begin_at(PRIOR_PROBABILITY, output)
         return self
