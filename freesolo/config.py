@@ -258,6 +258,8 @@ class MethodJob(Job):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> MethodJob:
+        if (wanted := self.train.model.num_categories) != 1:
+            raise ValueError(f"train.model.num_categories={wanted}: Free Masks are of objects as such; set it to 1")
         backbones = {"extract.backbone": self.extract.backbone, "train.model.backbone": self.train.model.backbone}
         if self.initial_backbone is None:
             backbones = {"pretrain.model.backbone": self.pretrain.model.backbone, **backbones}

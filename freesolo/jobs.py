@@ -25,6 +25,7 @@ from freesolo.inference.pipeline import LabellingJob, LabellingResult, label_pho
 from freesolo.inference.predict import prediction_labelling
 from freesolo.registry.versions import register_backbone, register_segmenter
 from freesolo.run_report import write_report
+from freesolo.settings import PredictSettings, TrainSettings
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.record import read_record
@@ -208,13 +209,21 @@ def _labelled(folder: StageFolder, labels: str, result: LabellingResult, journal
     return StageResult(folder.stage, result.seconds, {"labels": labels}, counts, dict(rate))
 
 
+def _serving(train: TrainSettings) -> PredictSettings:
+    """How its model is served: at the largest size that it was trained at, by the thresholds of its pictures."""
+    short_side, long_side_max = max(train.views.short_sides), train.views.long_side_max
+    return PredictSettings(short_side=short_side, long_side_max=long_side_max, inference=train.inference, max_width=1.0)
+
+
 def with_registration(result: StageResult, job: PretrainJob | TrainJob, folder: StageFolder) -> StageResult:
     """Register the stage's model, where the settings name one; its version joins the outputs."""
     name, server = job.tracking.registered_model, resolve_server(job.tracking, folder.storage)
     if name is None or server is None:
         return result
     record = read_record(folder.url)
-    register = register_backbone if isinstance(job, PretrainJob) else register_segmenter
+    register = (
+        register_backbone if isinstance(job, PretrainJob) else partial(register_segmenter, predict=_serving(job.train))
+    )
     with tempfile.TemporaryDirectory() as local:
         path = Path(local) / "model.pt"
         path.write_bytes(read_bytes(result.outputs["model"]))

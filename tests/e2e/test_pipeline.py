@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
+import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -109,6 +111,10 @@ def test_mlflow_has_the_run_its_stages_and_their_models(folder: Path, finished: 
     versions = client.search_model_versions("name = 'freesolo-smoke'")
     assert {version.run_id for version in versions} == {runs["solo-r0"].info.run_id, trained}
     assert set(client.get_registered_model("freesolo-smoke").aliases) == {"candidate", "champion"}
+    location = client.get_model_version_download_uri("freesolo-smoke", "2")
+    described = mlflow.artifacts.download_artifacts(f"{location}/MLmodel", tracking_uri=client.tracking_uri)
+    served = yaml.safe_load(Path(described).read_text())["flavors"]["python_function"]["config"]["predict"]
+    assert (served["short_side"], served["long_side_max"], served["max_width"]) == (128, 192, 1.0), "as it was trained"
 
 
 def test_a_finished_run_is_not_done_again(folder: Path, finished: dict[str, Any]) -> None:

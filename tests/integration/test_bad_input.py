@@ -286,6 +286,11 @@ CASES = {
     "unknown head": Case(
         train("train.model.head.kind=yolo"), 2, ("train.model.head.kind='yolo'", "'solo', 'decoupled' or 'solov2'")
     ),
+    "more classes than the labels have": Case(
+        train("train.model.num_categories=80", "train.supervision=masks"),
+        2,
+        ("train.model.num_categories=80", "categories"),
+    ),
     "unknown supervision": Case(
         train("train.supervision=points"), 2, ("train.supervision='points'", "'free_masks', 'masks' or 'boxes'")
     ),
@@ -297,6 +302,17 @@ CASES = {
         ),
         2,
         ("tune.space: train.optimizer.rate: no such setting", "train.optimizer.learning_rate"),
+    ),
+    "sweep by what is never reported": Case(
+        job("tune_solo", "configs/tune/solo_learning_rate.yaml", "tune.metric=loss/dice"),
+        2,
+        ("tune.metric=loss/dice", "loss/pairwise"),
+    ),
+    "sizes that are none": Case(
+        train("train.views.short_sides=[]"), 2, ("train.views.short_sides=[]", "at least 1 item")
+    ),
+    "range from high to low": Case(
+        pretrain("pretrain.views.blur_sigma=[2.0,0.1]"), 2, ("pretrain.views.blur_sigma", "give [low, high]")
     ),
     "override that is no YAML": Case(
         train("train.loop.steps=["), 2, ("'train.loop.steps=['", "not valid YAML", "put it in quotes")

@@ -142,6 +142,11 @@ def test_a_program_is_kept_beside_its_model(
     program = torch.export.load(kept, extra_files=about).module()
     assert json.loads(about["freesolo.json"])["sha256"] == sha256_of_file(segmenter_file)
     assert program(torch.zeros(1, 3, 80, 100, dtype=torch.uint8))["category_logits"].shape[:2] == (1, 2)
+    onnx = [*model[:1], "solo.onnx", "--format", "onnx", *model[4:], "--register"]
+    assert cli.main(["export", "program", *onnx]) == 0
+    kept = mlflow.artifacts.download_artifacts(f"{location}/programs/segmenter.onnx", tracking_uri=server.uri)
+    sha256 = client.get_model_version("solo", "1").tags["freesolo.program.segmenter.onnx"]
+    assert sha256 == sha256_of_file(Path(kept)) == sha256_of_file(Path("solo.onnx"))
     # The model beside it is found as before, and a file is beside nothing.
     assert resolve_weights("models:/solo/1", Path("cache"), server=server).sha256 == sha256_of_file(segmenter_file)
     assert cli.main(["export", "program", str(segmenter_file), *model[1:], "--register"]) == 2

@@ -146,6 +146,11 @@ def test_a_pipeline_refuses_stages_that_cannot_use_one_anothers_models() -> None
         UsageError, match=r"embedding_channels=16, train.model.embedding_channels=128: must be the same"
     ):
         parse_config(PipelineJob, raw | {"extract": narrow}, source="here")
+    many = {"model": {"backbone": "resnet18", "num_categories": 80}, "loop": {"steps": 1, "batch_size": 4}}
+    with pytest.raises(
+        UsageError, match=r"train.model.num_categories=80: Free Masks are of objects as such; set it to 1"
+    ):
+        parse_config(PipelineJob, raw | {"train": many}, source="here")
     given = {"initial_backbone": "models:/b@champion", "pretrain": {"loop": {"steps": 1, "batch_size": 32}}}
     assert parse_config(PipelineJob, raw | given, source="here").pretrain.model.backbone == "resnet50"
 

@@ -29,7 +29,7 @@ from freesolo.models.weights import (
     load_backbone,
     read_state_dict,
 )
-from freesolo.settings import HeadSettings, SoloModelSettings
+from freesolo.settings import Backbone, HeadSettings, SoloModelSettings
 from freesolo.solo.model import Segmenter
 
 # Of the largest value of a map: float32 summed in another order, and, folded, the first convolution's weights rounded
@@ -258,30 +258,36 @@ def test_a_model_file_is_not_imported_again(tmp_path: Path) -> None:
 # --- out ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["torchvision", "timm", "detectron2"])
+@pytest.mark.parametrize(
+    ("layout", "backbone"),
+    [
+        *((layout, "resnet18") for layout in ("torchvision", "timm", "detectron2")),
+        *((layout, "resnet50") for layout in ("torchvision", "timm", "detectron2")),
+        ("detectron2", "resnet50_caffe"),  # the others have no stride in the first 1x1 convolution
+    ],
+)
 @pytest.mark.parametrize("kind", ["backbone", "segmenter"])
-def test_out_and_in_again_is_the_same_network(kind: str, layout: str, tmp_path: Path) -> None:
+def test_out_and_in_again_is_the_same_network(kind: str, layout: str, backbone: Backbone, tmp_path: Path) -> None:
     settings = SoloModelSettings(
-        backbone="resnet18",
+        backbone=backbone,
         fpn_channels=32,
         head=HeadSettings(tower_channels=32, mask_tower_channels=32),
         grid_sizes=(5,) * 5,
     )
     segmenter = Segmenter(settings).initialise(torch.Generator().manual_seed(0))
-    segmenter.backbone.load_state_dict(random_state("resnet18"))
+    segmenter.backbone.load_state_dict(random_state(backbone))
     model = segmenter if kind == "segmenter" else segmenter.backbone
     save_model(tmp_path / "model.pt", kind, settings.model_dump(mode="json"), model.state_dict(), {})  # type: ignore[arg-type]
     exported = tmp_path / f"out.{'pkl' if layout == 'detectron2' else 'pth'}"
     assert cli.main(["export", "weights", str(tmp_path / "model.pt"), str(exported), "--layout", layout]) == 0
     imported = tmp_path / "again.pt"
-    command = ["weights", "import", str(exported), str(imported), "--stride-in", "3x3", "--pixels", "rgb"]
+    stride_in = "1x1" if backbone == "resnet50_caffe" else "3x3"
+    command = ["weights", "import", str(exported), str(imported), "--stride-in", stride_in, "--pixels", "rgb"]
     assert cli.main(command) == 0
-    again = load_model(imported, "backbone", backbone="resnet18")
+    again = load_model(imported, "backbone", backbone=backbone)
     assert digest(again.state_dict) == digest(segmenter.backbone.state_dict())
     pixels = normalised(photos())
-    before, after = (
-        outputs("resnet18", state, pixels) for state in (segmenter.backbone.state_dict(), again.state_dict)
-    )
+    before, after = (outputs(backbone, state, pixels) for state in (segmenter.backbone.state_dict(), again.state_dict))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(before, after, strict=True))
     assert again.lineage["imported"] == exported.name
 
