@@ -287,7 +287,7 @@ CASES = {
         train("train.model.head.kind=yolo"), 2, ("train.model.head.kind='yolo'", "'solo', 'decoupled' or 'solov2'")
     ),
     "more classes than the labels have": Case(
-        train("train.model.num_categories=80", "train.supervision=masks"),
+        train("dataset={folder}/data", "train.model.num_categories=80", "train.supervision=masks"),
         2,
         ("train.model.num_categories=80", "categories"),
     ),
