@@ -96,7 +96,8 @@ class ShardSurvey:
     Attributes:
         places: Of the photos that can be taken, in the shard, `(photos,)`.
         objects: In those.
-        skipped: Photos that are over the bounds: nobody may read them, so they are in no fraction.
+        skipped: Photos that are over the bounds, or whose annotations are damaged: nobody may read the ones, or knows
+            what is in the others, so they are in no fraction.
     """
 
     places: Int64[np.ndarray, " photos"]
@@ -167,7 +168,7 @@ def survey_shard(
         url: The data set.
         shard: As its manifest has it.
         categories: COCO's, of the data set; none: every object is of the category 0.
-        bounds: Larger photos are skipped.
+        bounds: Larger photos are skipped, as are those whose annotations are damaged.
 
     Raises:
         ShardError: The shard is damaged: what a fraction takes must not depend on what is lost.
@@ -181,9 +182,12 @@ def survey_shard(
         if sample.error is not None:
             skipped.append(SkippedPhoto(sample.file_name, sample.error))
             continue
+        labels = sample_labels(sample, index or None)
+        if labels.error is not None:
+            skipped.append(SkippedPhoto(sample.file_name, labels.error))
+            continue
         places.append(place)
         image_ids.append(sample.image_id)
-        labels = sample_labels(sample, index or None)
         found.append(sorted({coco_ids[instance.category_id] for instance in labels.instances}))
     return ShardSurvey(np.array(places, np.int64), photo_objects(image_ids, found), tuple(skipped))
 

@@ -249,6 +249,18 @@ def test_a_photo_over_the_bounds_is_in_no_fraction_and_told(tmp_path: Path) -> N
     assert "bounds.max_pixels" in manifest.skipped[0].reason
 
 
+def test_a_photo_whose_annotations_are_damaged_is_in_no_fraction_and_told(tmp_path: Path) -> None:
+    """It is not one without objects: what is in it is not known."""
+    url = str(tmp_path / "photos")
+    damaged = sample(2, 3, segmentation=[[1] * 7])
+    written(url, [[sample(1, 3), damaged, sample(3, 18), sample(4), sample(5, 99)]])
+    manifest = take(url, str(tmp_path / "all"), 1.0)
+    assert [one.image_id for one in samples_of(str(tmp_path / "all"))] == [1, 3, 4]
+    assert [photo.file_name for photo in manifest.skipped] == ["folder/ü2.jpg", "folder/ü5.jpg"]
+    assert manifest.skipped[0].reason.startswith("annotation 20 is damaged")
+    assert manifest.skipped[1].reason == "annotation 50 has no known category: 99"
+
+
 def test_shards_of_which_little_is_taken_become_one(tmp_path: Path) -> None:
     url = str(tmp_path / "photos")
     written(url, [[sample(100 * shard + number, 3) for number in range(100)] for shard in range(8)])
@@ -287,7 +299,7 @@ def test_a_fraction_is_of_annotations_and_not_of_a_label_set() -> None:
 
 
 def test_a_large_data_set_is_ranked_in_seconds() -> None:
-    """As many photos as COCO has, of as many categories."""
+    """A sixth of COCO's photos, of as many categories."""
     random = np.random.default_rng(0)
     categories = [random.choice(80, random.integers(0, 5), replace=False).tolist() for _ in range(20_000)]
     assert sorted(ranked(categories)) == list(range(20_000))
