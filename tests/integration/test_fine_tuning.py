@@ -83,7 +83,7 @@ def test_a_training_sees_its_fraction_and_nothing_else(labelled: str, held_out: 
     job = parse_config(TrainJob, raw | {"label_fraction": 0.3}, source="test")
     result = train_stage(job, folder)
     assert result.counts == {"images": 5, "steps": 3}
-    subset = join(folder.run_url, "labelled-0.3-seed-0")
+    subset = join(folder.run_url, f"labelled-{read_dataset_manifest(labelled).digest[:8]}-0.3-seed-0")
     assert len(ids_of(subset)) == 5
     assert ids_of(subset) < ids_of(labelled)
     used = [
@@ -150,7 +150,7 @@ def test_starts_and_fractions_side_by_side(
         assert result.metrics[f"{name}/images".replace(" ", "_")] == 4
     assert fine_tune_stage(job, folder) == result
 
-    subset = join(folder.run_url, "labelled-0.25-seed-0")
+    subset = join(folder.run_url, f"labelled-{read_dataset_manifest(labelled).digest[:8]}-0.25-seed-0")
     assert len(ids_of(subset)) == 4
     steps = {
         stage: [entry.step for entry in read_journal(folder.sibling(stage).url)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,8 @@ from freesolo.data.subset import (
 )
 from freesolo.errors import UsageError
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
+from freesolo.stages import StageFolder
+from freesolo.train.segmentation import labels_url
 
 CATEGORIES = (
     {"id": 18, "name": "dog"},
@@ -211,7 +213,7 @@ def test_a_fraction_of_a_data_set_contains_a_smaller_one(dataset: str, tmp_path:
         take(dataset, str(tmp_path / str(fraction)), fraction)
         kept.append({sample.image_id for sample in samples_of(str(tmp_path / str(fraction)))})
     assert [len(ids) for ids in kept] == [3, 6, 15, 30]
-    assert all(small < large for small, large in pairwise(kept))
+    assert all(small < large for small, large in itertools.pairwise(kept))
 
 
 def test_a_fraction_that_leaves_a_category_empty_is_refused(tmp_path: Path) -> None:
@@ -284,6 +286,14 @@ def test_a_finished_subset_is_found_and_another_one_is_refused(dataset: str, tmp
         finished_subset(dataset, source)
     Path(url, "manifest.json").unlink()
     assert finished_subset(url, source) is None, "half of a subset is none"
+
+
+def test_a_run_keeps_each_fraction_in_a_folder_of_its_own() -> None:
+    """A sweep may be over data sets, fractions and seeds."""
+    folder, sources = StageFolder("storage", "run", "train"), itertools.product("ab", (0.05, 0.1), (0, 1))
+    urls = [labels_url(folder, SubsetSource(digest * 64, fraction, seed)) for digest, fraction, seed in sources]
+    assert urls[0] == "storage/run/labelled-aaaaaaaa-0.05-seed-0"
+    assert len(set(urls)) == 8
 
 
 def test_a_fraction_is_of_annotations_and_not_of_a_label_set() -> None:
