@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -194,6 +195,11 @@ class EvaluateJob(Job):
     labels: dict[str, Url]  # a name for each label set to compare, in the order of the table
     gallery_images: NonNegative = 24
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluateJob:
+        _check_metric_names("labels", self.labels)
+        return self
+
 
 class FineTuneJob(Job):
     """`jobs/fine_tune.py`: from each start with each fraction of the labels; evaluate all, plot AP against fraction."""
@@ -227,6 +233,9 @@ class FineTuneJob(Job):
             raise ValueError(
                 f"starts: {', '.join(self.starts)}: two names differ in capitals or spaces only; rename one"
             )
+        _check_metric_names(
+            "starts, fractions", [training_name(start, at) for at in self.fractions for start in self.starts]
+        )
         if self.train.initial_weights is not None:
             raise ValueError("train.initial_weights: leave it out, each of the starts has its own")
         return self
@@ -235,6 +244,16 @@ class FineTuneJob(Job):
 def start_folder(name: str) -> str:
     """A start's name as a part of a folder's: `Random weights` is `random-weights`."""
     return name.lower().replace(" ", "-")
+
+
+def training_name(start: str, fraction: float) -> str:
+    """A training from a start with a fraction of the labels; MLflow's names may have no percent sign."""
+    return f"{start} at {100 * fraction:g} percent"
+
+
+def metric_name(name: str) -> str:
+    """A name that people gave as a part of a metric's: `no pairs` is `no_pairs`."""
+    return name.replace(" ", "_")
 
 
 class MethodJob(Job):
@@ -291,6 +310,7 @@ class AblationJob(MethodJob):
 
     @model_validator(mode="after")
     def _rows_are_right(self) -> AblationJob:
+        _check_metric_names("rows", [BASE, *self.rows])
         seen = {BASE: self.row_job({}, self.seeds[0])}
         for name, values in self.rows.items():
             where = f"rows.{name}"
@@ -298,7 +318,7 @@ class AblationJob(MethodJob):
                 raise ValueError(f"{where}: {given[0]}: leave it out, each row is run with each of seeds")
             check_values(where, MethodJob, _ABLATED, {setting: (value,) for setting, value in values.items()})
             job = self.row_job(values, self.seeds[0], source=where)
-            if same := next((other for other, its in seen.items() if its == job or other == name), None):
+            if same := next((other for other, its in seen.items() if its == job), None):
                 raise ValueError(f"{where}: is the same as {same}; name it otherwise and give what it sets")
             seen[name] = job
         return self
@@ -336,6 +356,13 @@ def _job_with(job: Job, kind: type[JobType], values: Values, *, source: str) -> 
         return parse_config(kind, raw, source=source)
     except UsageError as error:
         raise ValueError(str(error)) from error
+
+
+def _check_metric_names(where: str, names: Iterable[str]) -> None:
+    """Refuse two names of which one's metrics would be written over the other's."""
+    for metric, count in Counter(map(metric_name, names)).items():
+        if count > 1:
+            raise ValueError(f"{where}: {count} of them would be {metric} among the metrics; they must differ in that")
 
 
 def _check_batch(section: str, loop: LoopSettings, resources: ResourceSettings) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare, gallery
-from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder
+from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder, training_name
 from freesolo.data.files import exists, join, write_atomic
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.shards import read_dataset_manifest
@@ -66,8 +66,8 @@ class _Trained:
 
     @property
     def name(self) -> str:
-        """For people, and for MLflow, whose names may have no percent sign."""
-        return f"{self.start} at {_percent(self.fraction):g} percent"
+        """For people and MLflow."""
+        return training_name(self.start, self.fraction)
 
 
 def fine_tune_stage(job: FineTuneJob, folder: StageFolder) -> StageResult:
