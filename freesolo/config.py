@@ -329,7 +329,8 @@ class AblationJob(MethodJob):
             raise ValueError(f"seeds={list(self.seeds)}: each once")
         if self.tracking.registered_model is not None:
             raise ValueError("tracking.registered_model: leave it out, models of ablations are not registered")
-        if "@" in (self.initial_backbone or ""):
+        backbone = self.initial_backbone or ""
+        if backbone.startswith("models:") and "@" in backbone:
             raise ValueError(
                 f"initial_backbone={self.initial_backbone}: an alias may move between two rows; give a version, "
                 "as models:/name/1"

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
 from pathlib import Path
 
 from freesolo.cluster import connect
@@ -25,7 +24,7 @@ from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder, tra
 from freesolo.data.files import exists, join, write_atomic
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.shards import read_dataset_manifest
-from freesolo.data.subset import Subset, SubsetSource, finished_subset
+from freesolo.data.subset import Subset, SubsetSource, finished_subset, part_of
 from freesolo.evaluation import Metrics
 from freesolo.jobs import predict_stage, show_comparison, tell_dataset, train_stage, witnessed
 from freesolo.registry.weights import resolve_weights
@@ -163,7 +162,7 @@ def train_settings(job: FineTuneJob, fraction: float) -> TrainSettings:
     loop, optimizer = job.train.loop, job.train.optimizer
     if job.min_steps is None:
         return job.train
-    steps = min(max(ceil(loop.steps * fraction), job.min_steps), loop.steps)
+    steps = min(max(part_of(loop.steps, fraction), job.min_steps), loop.steps)
     milestones = tuple(round(milestone * steps / loop.steps) for milestone in optimizer.milestones)
     return job.train.model_copy(
         update={

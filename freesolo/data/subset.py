@@ -247,9 +247,9 @@ def rank_photos(photos: PhotoObjects, seed: int) -> Int64[np.ndarray, " photos"]
     return np.array(order, np.int64)
 
 
-def photos_taken(fraction: float, photos: int) -> int:
-    """How many of `photos` photos a fraction takes: rounded up, of the number as it is written (0.07 of 100 is 7)."""
-    return int((Decimal(repr(fraction)) * photos).to_integral_value(ROUND_CEILING))
+def part_of(whole: int, fraction: float) -> int:
+    """How many a fraction is of photos, or of steps: rounded up, of the number as it is written (0.07 of 100 is 7)."""
+    return int((Decimal(repr(fraction)) * whole).to_integral_value(ROUND_CEILING))
 
 
 def choose_subset(
@@ -275,7 +275,7 @@ def choose_subset(
     if not len(objects.categories):
         raise UsageError(f"{dataset_url}: none of its photos has an annotated object, so no fraction has any")
     order = rank_photos(objects, source.seed)
-    count = photos_taken(source.fraction, len(objects))
+    count = part_of(len(objects), source.fraction)
     _refuse_empty_categories(dataset_url, manifest, objects, order, count, source.fraction)
     chosen = np.zeros(len(objects), bool)
     chosen[order[:count]] = True
@@ -312,7 +312,7 @@ def _refuse_empty_categories(
         share
         for digits in range(1, 20)
         if (share := (Decimal(needed) / len(objects)).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
-        and photos_taken(float(share), len(objects)) == needed
+        and part_of(len(objects), float(share)) == needed
     )
     raise UsageError(
         f"{dataset_url}: a fraction of {fraction:g} is {count} of its {len(objects)} photos, which leaves {len(empty)} "

@@ -79,6 +79,12 @@ def test_what_cannot_be_compared_is_refused_at_once(override: str, said: str) ->
         ablation_job(override)
 
 
+@pytest.mark.parametrize("backbone", ["/data/me@work/b.pt", "s3://me@store/b.pt", "models:/densecl/1"])
+def test_a_backbone_that_does_not_move_may_be_given(backbone: str) -> None:
+    """An @ is an alias in the registry only."""
+    assert ablation_job(f"initial_backbone={backbone}").initial_backbone == backbone
+
+
 def test_a_stage_is_named_by_all_that_it_makes_and_by_nothing_else() -> None:
     folder, job = StageFolder("storage", "run", "ablations"), ablation_job()
 

@@ -18,6 +18,7 @@ def test_a_fraction_trains_for_as_many_epochs_but_no_less_than_it_must() -> None
     few, many = train_settings(job, 0.05), train_settings(job, 0.2)
     assert (few.loop.steps, few.optimizer.milestones) == (9000, (6000, 8000))
     assert (many.loop.steps, many.optimizer.milestones) == (18000, (12000, 16000))
+    assert train_settings(job.model_copy(update={"min_steps": 1}), 0.07).loop.steps == 6300  # of 90,000; in floats more
     assert train_settings(job, 1.0) == job.train
     assert train_settings(job.model_copy(update={"min_steps": None}), 0.01) == job.train
 

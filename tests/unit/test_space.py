@@ -55,6 +55,17 @@ def test_more_draws_leave_the_first_as_they_are() -> None:
     assert draw_trials(space, draws=5, seed=3)[:4] == draw_trials(space, draws=2, seed=3)
 
 
+def test_the_order_of_a_space_does_not_matter() -> None:
+    space = {
+        "rate": RangeSettings(uniform=(0.0, 1.0)),
+        "batch": RangeSettings(grid=(4, 8)),
+        "decay": RangeSettings(uniform=(0.0, 1.0)),
+        "method": RangeSettings(grid=("sgd", "adamw")),
+    }
+    backwards = dict(reversed(space.items()))
+    assert draw_trials(space, draws=3, seed=0) == draw_trials(backwards, draws=3, seed=0)
+
+
 def test_values_replace_settings_and_nothing_else() -> None:
     settings = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert with_values(settings, {"a.c.d": 5, "e": [1]}) == {"a": {"b": 1, "c": {"d": 5}}, "e": [1]}

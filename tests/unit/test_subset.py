@@ -29,8 +29,8 @@ from freesolo.data.subset import (
     choose_subset,
     finish_subset,
     finished_subset,
+    part_of,
     photo_objects,
-    photos_taken,
     rank_photos,
     subset_tasks,
     survey_shard,
@@ -125,11 +125,11 @@ def test_photos_without_objects_are_spread_evenly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fraction", "photos", "taken"),
+    ("fraction", "whole", "part"),
     [(0.07, 100, 7), (0.05, 19, 1), (0.05, 21, 2), (1e-05, 7, 1), (1.0, 7, 7), (0.5, 0, 0)],
 )
-def test_a_fraction_is_rounded_up_as_it_is_written(fraction: float, photos: int, taken: int) -> None:
-    assert photos_taken(fraction, photos) == taken
+def test_a_fraction_is_rounded_up_as_it_is_written(fraction: float, whole: int, part: int) -> None:
+    assert part_of(whole, fraction) == part
 
 
 # --- of a data set --------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_the_bytes_are_those_of_packing_the_same_samples(dataset: str, tmp_path:
 def test_a_larger_fraction_contains_a_smaller_one(one: float, other: float) -> None:
     small, large = sorted((one, other))
     order = ranked([[1 + number % 3] for number in range(50)])
-    assert set(order[: photos_taken(small, 50)]) <= set(order[: photos_taken(large, 50)])
+    assert set(order[: part_of(50, small)]) <= set(order[: part_of(50, large)])
 
 
 def test_a_fraction_of_a_data_set_contains_a_smaller_one(dataset: str, tmp_path: Path) -> None:
