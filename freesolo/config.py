@@ -7,6 +7,7 @@ A job's YAML states what differs from the defaults (`freesolo.settings`); the co
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -314,8 +315,11 @@ class AblationJob(MethodJob):
         seen = {BASE: self.row_job({}, self.seeds[0])}
         for name, values in self.rows.items():
             where = f"rows.{name}"
-            if given := [setting for setting in values if setting in _SEEDS]:
-                raise ValueError(f"{where}: {given[0]}: leave it out, each row is run with each of seeds")
+            for setting, seed in itertools.product(values, _SEEDS):
+                if setting == seed:
+                    raise ValueError(f"{where}: {seed}: leave it out, each row is run with each of seeds")
+                if seed.startswith(f"{setting}."):
+                    raise ValueError(f"{where}: {setting}: holds the seed, {seed}; set what is inside of it")
             check_values(where, MethodJob, _ABLATED, {setting: (value,) for setting, value in values.items()})
             job = self.row_job(values, self.seeds[0], source=where)
             if same := next((other for other, its in seen.items() if its == job), None):

@@ -60,6 +60,13 @@ def test_a_seed_is_of_the_pre_training_and_of_the_training() -> None:
             "rows={a: {train.loop.seed: 1}}",
             r"rows.a: train.loop.seed: leave it out, each row is run with each of seeds",
         ),
+        (
+            "rows={a: {train: {losses: {pairwise: 0.0}}}}",
+            r"rows.a: train: holds the seed, train.loop.seed; set what is inside of it",
+        ),
+        ("rows={a: {train.loop: 3}}", r"rows.a: train.loop: holds the seed, train.loop.seed; set what is inside of it"),
+        ("rows={a: {pretrain.loop: {steps: 3}}}", r"rows.a: pretrain.loop: holds the seed, pretrain.loop.seed; set"),
+        ("rows={a: {train.losses: 3}}", r"rows.a: train.losses=3: input should be"),
         ("rows={a: {extract.backbone: resnet34}}", r"rows.a: .*extract.backbone=resnet34, .*must be the same"),
         ("rows={a: {train.loop.batch_size: 5}, b: {}}", r"rows.b: is the same as base"),
         ("rows={a: {rounds: 0}, b: {rounds: 0}}", r"rows.b: is the same as a; name it otherwise and give what it sets"),
