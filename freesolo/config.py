@@ -312,7 +312,7 @@ class AblationJob(MethodJob):
     @model_validator(mode="after")
     def _rows_are_right(self) -> AblationJob:
         _check_metric_names("rows", [BASE, *self.rows])
-        seen = {BASE: self.row_job({}, self.seeds[0])}
+        seen = {BASE: _what_is_run(self.row_job({}, self.seeds[0]))}
         for name, values in self.rows.items():
             where = f"rows.{name}"
             for setting, seed in itertools.product(values, _SEEDS):
@@ -322,9 +322,10 @@ class AblationJob(MethodJob):
                     raise ValueError(f"{where}: {setting}: holds the seed, {seed}; set what is inside of it")
             check_values(where, MethodJob, _ABLATED, {setting: (value,) for setting, value in values.items()})
             job = self.row_job(values, self.seeds[0], source=where)
-            if same := next((other for other, its in seen.items() if its == job), None):
-                raise ValueError(f"{where}: is the same as {same}; name it otherwise and give what it sets")
-            seen[name] = job
+            run = _what_is_run(job)
+            if same := next((other for other, its in seen.items() if its == run), None):
+                raise ValueError(f"{where}: is the same as {same}{_why_unused(job, values)}; set something that is run")
+            seen[name] = run
         return self
 
     @model_validator(mode="after")
@@ -348,6 +349,35 @@ class AblationJob(MethodJob):
             ValueError: The values don't go together with each other, or with the rest.
         """
         return _job_with(self, MethodJob, {**values, **dict.fromkeys(_SEEDS, seed)}, source=source)
+
+
+def _unused(job: MethodJob) -> dict[str, str]:
+    """Settings on which nothing depends that the method makes, each with the reason; the whole sections come last."""
+    forgiving = ("pretrain.stream", "extract", "train.stream", "predict", "held_out")
+    unused = {f"{section}.max_bad_samples": "what is forgiven changes no result" for section in forgiving}
+    unused["train.initial_weights"] = "each training begins with the backbone"
+    unused["train.inference"] = "pictures of a training are made with it, and nothing else"
+    if job.initial_backbone is not None:
+        unused["pretrain"] = "with an initial_backbone nothing is pre-trained"
+    if job.rounds == 0:
+        unused["predict"] = "with rounds=0 nothing is labelled anew"
+    return unused
+
+
+def _what_is_run(job: MethodJob) -> dict[str, Any]:
+    """The settings of a method that its results depend on; the others are null."""
+    return with_values(job.model_dump(mode="json"), dict.fromkeys(_unused(job)))
+
+
+def _why_unused(job: MethodJob, values: Values) -> str:
+    """What of a row's settings is unused and why, for an error; empty where all are used."""
+    reasons = [
+        f"{setting}: {reason}"
+        for setting in values
+        for unused, reason in _unused(job).items()
+        if f"{setting}.".startswith(f"{unused}.")
+    ]
+    return f" ({'; '.join(reasons)})" if reasons else ""
 
 
 def _job_with(job: Job, kind: type[JobType], values: Values, *, source: str) -> JobType:

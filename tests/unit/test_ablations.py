@@ -11,7 +11,7 @@ import pytest
 from freesolo.ablations import Score, Spread, as_table, differences, spread_of, summarize
 from freesolo.config import AblationJob, MethodJob, load_config
 from freesolo.errors import UsageError
-from freesolo.stages import StageFolder
+from freesolo.stages import StageFolder, what_is_made
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +29,34 @@ def test_a_row_is_the_base_but_for_what_it_sets() -> None:
     assert row.train.losses == base.train.losses.model_copy(update={"pairwise": 0.5})
     assert row.pretrain == base.pretrain
     assert (base.rounds, base.held_out, base.dataset) == (job.rounds, job.held_out, job.dataset)
+
+
+def test_a_row_without_effect_is_refused_where_it_has_none() -> None:
+    """Of the base `pretrain` and `predict` are run, until it is given a backbone, and has no round."""
+    pretrained = "rows={a: {pretrain.loop.steps: 5}}"
+    ablation_job(pretrained)
+    with pytest.raises(
+        UsageError, match=r"rows.a: is the same as base \(pretrain.loop.steps: with an initial_backbone"
+    ):
+        ablation_job(pretrained, "initial_backbone=b.pt")
+    labelled = "rows={a: {predict.short_side: 64}}"
+    ablation_job(labelled)
+    with pytest.raises(UsageError, match=r"rows.a: is the same as base \(predict.short_side: with rounds=0 nothing"):
+        ablation_job(labelled, "rounds=0")
+
+
+def test_what_is_forgiven_is_known_to_change_nothing() -> None:
+    """Stages drop it wherever it is (`what_is_made`), so rows that set any of it would share all of their stages."""
+    job = ablation_job("rows={}")
+    forgiving = [
+        section
+        for section in ("pretrain.stream", "extract", "train.stream", "predict", "held_out")
+        if what_is_made(job.row_job({f"{section}.max_bad_samples": 0.5}, 0)) == what_is_made(job.row_job({}, 0))
+    ]
+    assert len(forgiving) == str(job.model_dump()).count("max_bad_samples")
+    for section in forgiving:
+        with pytest.raises(UsageError, match=r"what is forgiven changes no result"):
+            ablation_job(f"rows={{a: {{{section}.max_bad_samples: 0.5}}}}")
 
 
 def test_a_seed_is_of_the_pre_training_and_of_the_training() -> None:
@@ -69,7 +97,20 @@ def test_a_seed_is_of_the_pre_training_and_of_the_training() -> None:
         ("rows={a: {train.losses: 3}}", r"rows.a: train.losses=3: input should be"),
         ("rows={a: {extract.backbone: resnet34}}", r"rows.a: .*extract.backbone=resnet34, .*must be the same"),
         ("rows={a: {train.loop.batch_size: 5}, b: {}}", r"rows.b: is the same as base"),
-        ("rows={a: {rounds: 0}, b: {rounds: 0}}", r"rows.b: is the same as a; name it otherwise and give what it sets"),
+        ("rows={a: {rounds: 0}, b: {rounds: 0}}", r"rows.b: is the same as a; set something that is run"),
+        (
+            "rows={a: {pretrain.stream.max_bad_samples: 0.5, train.stream.max_bad_samples: 0.5}}",
+            r"rows.a: is the same as base \(pretrain.stream.max_bad_samples: what is forgiven changes no result; tr",
+        ),
+        ("rows={a: {train.initial_weights: x.pt}}", r"rows.a: is the same as base \(train.initial_weights: each train"),
+        (
+            "rows={a: {train.inference.min_score: 0.5}}",
+            r"rows.a: is the same as base \(train.inference.min_score: pict",
+        ),
+        (
+            "rows={a: {rounds: 0}, b: {rounds: 0, predict.short_side: 64}}",
+            r"rows.b: is the same as a \(predict.short_side: with rounds=0 nothing is labelled anew\); set something",
+        ),
         ("rows={base: {rounds: 0}}", r"rows: 2 of them would be base among the metrics; they must differ in that"),
         ("rows={no pairs: {rounds: 0}, no_pairs: {train.losses.pairwise: 0.0}}", r"rows: 2 of them would be no_pairs"),
         ("rows={a/b: {rounds: 0}}", r"rows.a/b"),
