@@ -115,7 +115,20 @@ class TrainJob(Job):
         return self
 
 
-_MAKE_A_LOSS = ("dataset", "labels", "label_fraction", "label_seed", "train.supervision", "train.losses", "train.views")
+_MAKE_A_LOSS = (
+    "dataset",
+    "labels",
+    "label_fraction",
+    "label_seed",
+    "train.supervision",
+    "train.losses",
+    "train.views",
+    "train.model.num_categories",
+    "train.model.grid_sizes",
+    "train.model.strides",
+    "train.model.scale_ranges",
+    "train.model.centre_sigma",
+)
 """Settings of a training that say what its losses measure."""
 
 
