@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from freesolo.ablations import Score, Spread, as_table, differences, spread_of, summarize
+from freesolo import ablations
+from freesolo.ablations import Score, Spread, ablations_stage, as_table, differences, spread_of, summarize
+from freesolo.comparison import Comparison
 from freesolo.config import AblationJob, MethodJob, load_config
 from freesolo.errors import UsageError
+from freesolo.evaluation import Metrics, RegionMetrics
+from freesolo.pipeline import Made
 from freesolo.stages import StageFolder, what_is_made
 
 ROOT = Path(__file__).parents[2]
@@ -210,3 +216,60 @@ def test_one_seed_has_no_spread_and_what_was_not_measured_is_a_dash() -> None:
         "| row | 30.0 ± - | +20.0 ± - | 15.0 ± - | 70.0 ± - | 0.0 ± - | 30.0 |",
         "| none | - | - | - | - | - | - |",
     ]
+
+
+# AP50 of SOLO with each of the seeds, by the weight of the pairwise loss; Free Mask's is 0.1 with seed 0, 0.12 with 2.
+AP50 = {(1.0, 2): 0.50, (1.0, 0): 0.30, (0.0, 2): 0.44, (0.0, 0): 0.22}
+
+
+def finds_its_name(dataset: str, label_sets: Mapping[str, str], *, gallery_images: int) -> Comparison:
+    """An evaluation whose AP50 is what a label set is called."""
+    nothing = RegionMetrics(**dict.fromkeys((field.name for field in fields(RegionMetrics)), 0.0))
+    rows = {
+        url: Metrics(replace(nothing, ap50=float(url.split(" ")[-1]), ap=0.5), nothing, 0.0, 1, 1, 1)
+        for url in label_sets
+    }
+    return Comparison("digest", rows, ())
+
+
+def made_of(job: MethodJob, folder: StageFolder, _: object) -> Made:
+    """A method that makes label sets whose names say how good they are."""
+    seed, pairwise = job.train.loop.seed, job.train.losses.pairwise
+    assert job.pretrain.loop.seed == seed
+    labels = {"Free Mask": f"seed {seed}: {0.1 + seed / 100}", "SOLO": f"{pairwise}, {seed}: {AP50[pairwise, seed]}"}
+    return Made(trained={"SOLO": folder.sibling(f"solo-{pairwise}-{seed}")}, held_out=labels)
+
+
+def test_rows_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two values the deviation is their distance by the root of 2.
+
+    The base: 0.5 and 0.3, of mean 0.4 and deviation 0.2 / 1.414 = 0.141. The row: 0.44 and 0.22, of mean 0.33 and
+    deviation 0.22 / 1.414 = 0.156. Its differences from the base with the same seed: -0.06 and -0.08, of mean -0.07 and
+    deviation 0.02 / 1.414 = 0.014. (From that with the other seed they would be 0.14 and -0.28, of deviation 0.297.)
+    """
+    for name, stand_in in {
+        "run_method": made_of,
+        "compare": finds_its_name,
+        "check_data": lambda _: None,
+        "tell_dataset": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(ablations, name, stand_in)
+    job = ablation_job("rows={no pairs: {train.losses.pairwise: 0.0}}", "seeds=[2, 0]", "tracking.uri=off")
+    result = ablations_stage(job, StageFolder(str(tmp_path), "run", "ablations"))
+    assert result.counts == {"rows": 2, "seeds": 2, "trainings": 4}
+    expected = {
+        "base/AP50": 0.4,
+        "base/AP50_deviation": 0.2 / math.sqrt(2),
+        "no_pairs/AP50": 0.33,
+        "no_pairs/AP50_deviation": 0.22 / math.sqrt(2),
+        "no_pairs/AP50_difference": -0.07,
+        "no_pairs/AP50_difference_deviation": 0.02 / math.sqrt(2),
+        "base/Free_Mask_AP50": 0.11,
+        "no_pairs/Free_Mask_AP50_deviation": 0.02 / math.sqrt(2),
+    }
+    assert {name: result.metrics[name] for name in expected} == pytest.approx(expected)
+    assert result.metrics["base/AP50_difference"] is None
+    page = (tmp_path / "run" / "ablations" / "ablations.md").read_text()
+    assert "over the seeds 2, 0." in page
+    assert "| base | 40.0 ± 14.1 | - | 50.0 ± 0.0 | 0.0 ± 0.0 | 11.0 ± 1.4 | 50.0, 30.0 |" in page
+    assert "| no pairs | 33.0 ± 15.6 | -7.0 ± 1.4 | 50.0 ± 0.0 | 0.0 ± 0.0 | 11.0 ± 1.4 | 44.0, 22.0 |" in page
