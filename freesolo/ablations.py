@@ -20,7 +20,7 @@ from functools import partial
 from statistics import fmean, stdev
 
 from freesolo.comparison import compare
-from freesolo.config import BASE, AblationJob
+from freesolo.config import BASE, AblationJob, metric_name
 from freesolo.data.files import join, write_atomic
 from freesolo.errors import JobError, UsageError
 from freesolo.jobs import tell_dataset, witnessed
@@ -219,4 +219,4 @@ def _as_metrics(summaries: Mapping[str, Mapping[str, Spread | None]]) -> dict[st
         for column, spread in row.items():
             metrics[f"{name}/{column}"] = None if spread is None else spread.mean
             metrics[f"{name}/{column} deviation"] = None if spread is None else spread.deviation
-    return {name.replace(" ", "_"): value for name, value in metrics.items()}
+    return {metric_name(name): value for name, value in metrics.items()}

@@ -7,8 +7,10 @@ A job's YAML states what differs from the defaults (`freesolo.settings`); the co
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -113,7 +115,20 @@ class TrainJob(Job):
         return self
 
 
-_MAKE_A_LOSS = ("dataset", "labels", "label_fraction", "label_seed", "train.supervision", "train.losses", "train.views")
+_MAKE_A_LOSS = (
+    "dataset",
+    "labels",
+    "label_fraction",
+    "label_seed",
+    "train.supervision",
+    "train.losses",
+    "train.views",
+    "train.model.num_categories",
+    "train.model.grid_sizes",
+    "train.model.strides",
+    "train.model.scale_ranges",
+    "train.model.centre_sigma",
+)
 """Settings of a training that say what its losses measure."""
 
 
@@ -194,6 +209,11 @@ class EvaluateJob(Job):
     labels: dict[str, Url]  # a name for each label set to compare, in the order of the table
     gallery_images: NonNegative = 24
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> EvaluateJob:
+        _check_metric_names("labels", self.labels)
+        return self
+
 
 class FineTuneJob(Job):
     """`jobs/fine_tune.py`: from each start with each fraction of the labels; evaluate all, plot AP against fraction."""
@@ -227,6 +247,9 @@ class FineTuneJob(Job):
             raise ValueError(
                 f"starts: {', '.join(self.starts)}: two names differ in capitals or spaces only; rename one"
             )
+        _check_metric_names(
+            "starts, fractions", [training_name(start, at) for at in self.fractions for start in self.starts]
+        )
         if self.train.initial_weights is not None:
             raise ValueError("train.initial_weights: leave it out, each of the starts has its own")
         return self
@@ -235,6 +258,16 @@ class FineTuneJob(Job):
 def start_folder(name: str) -> str:
     """A start's name as a part of a folder's: `Random weights` is `random-weights`."""
     return name.lower().replace(" ", "-")
+
+
+def training_name(start: str, fraction: float) -> str:
+    """A training from a start with a fraction of the labels; MLflow's names may have no percent sign."""
+    return f"{start} at {100 * fraction:g} percent"
+
+
+def metric_name(name: str) -> str:
+    """A name that people gave as a part of a metric's: `no pairs` is `no_pairs`."""
+    return name.replace(" ", "_")
 
 
 class MethodJob(Job):
@@ -293,16 +326,21 @@ class AblationJob(MethodJob):
 
     @model_validator(mode="after")
     def _rows_are_right(self) -> AblationJob:
-        seen = {BASE: self.row_job({}, self.seeds[0])}
+        _check_metric_names("rows", [BASE, *self.rows])
+        seen = {BASE: _what_is_run(self.row_job({}, self.seeds[0]))}
         for name, values in self.rows.items():
             where = f"rows.{name}"
-            if given := [setting for setting in values if setting in _SEEDS]:
-                raise ValueError(f"{where}: {given[0]}: leave it out, each row is run with each of seeds")
+            for setting, seed in itertools.product(values, _SEEDS):
+                if setting == seed:
+                    raise ValueError(f"{where}: {seed}: leave it out, each row is run with each of seeds")
+                if seed.startswith(f"{setting}."):
+                    raise ValueError(f"{where}: {setting}: holds the seed, {seed}; set what is inside of it")
             check_values(where, MethodJob, _ABLATED, {setting: (value,) for setting, value in values.items()})
             job = self.row_job(values, self.seeds[0], source=where)
-            if same := next((other for other, its in seen.items() if its == job or other == name), None):
-                raise ValueError(f"{where}: is the same as {same}; name it otherwise and give what it sets")
-            seen[name] = job
+            run = _what_is_run(job)
+            if same := next((other for other, its in seen.items() if its == run), None):
+                raise ValueError(f"{where}: is the same as {same}{_why_unused(job, values)}; set something that is run")
+            seen[name] = run
         return self
 
     @model_validator(mode="after")
@@ -311,7 +349,8 @@ class AblationJob(MethodJob):
             raise ValueError(f"seeds={list(self.seeds)}: each once")
         if self.tracking.registered_model is not None:
             raise ValueError("tracking.registered_model: leave it out, models of ablations are not registered")
-        if "@" in (self.initial_backbone or ""):
+        backbone = self.initial_backbone or ""
+        if backbone.startswith("models:") and "@" in backbone:
             raise ValueError(
                 f"initial_backbone={self.initial_backbone}: an alias may move between two rows; give a version, "
                 "as models:/name/1"
@@ -327,6 +366,35 @@ class AblationJob(MethodJob):
         return _job_with(self, MethodJob, {**values, **dict.fromkeys(_SEEDS, seed)}, source=source)
 
 
+def _unused(job: MethodJob) -> dict[str, str]:
+    """Settings on which nothing depends that the method makes, each with the reason; the whole sections come last."""
+    forgiving = ("pretrain.stream", "extract", "train.stream", "predict", "held_out")
+    unused = {f"{section}.max_bad_samples": "what is forgiven changes no result" for section in forgiving}
+    unused["train.initial_weights"] = "each training begins with the backbone"
+    unused["train.inference"] = "pictures of a training are made with it, and nothing else"
+    if job.initial_backbone is not None:
+        unused["pretrain"] = "with an initial_backbone nothing is pre-trained"
+    if job.rounds == 0:
+        unused["predict"] = "with rounds=0 nothing is labelled anew"
+    return unused
+
+
+def _what_is_run(job: MethodJob) -> dict[str, Any]:
+    """The settings of a method that its results depend on; the others are null."""
+    return with_values(job.model_dump(mode="json"), dict.fromkeys(_unused(job)))
+
+
+def _why_unused(job: MethodJob, values: Values) -> str:
+    """What of a row's settings is unused and why, for an error; empty where all are used."""
+    reasons = [
+        f"{setting}: {reason}"
+        for setting in values
+        for unused, reason in _unused(job).items()
+        if f"{setting}.".startswith(f"{unused}.")
+    ]
+    return f" ({'; '.join(reasons)})" if reasons else ""
+
+
 def _job_with(job: Job, kind: type[JobType], values: Values, *, source: str) -> JobType:
     """A job with another's settings, and some values for theirs.
 
@@ -338,6 +406,13 @@ def _job_with(job: Job, kind: type[JobType], values: Values, *, source: str) -> 
         return parse_config(kind, raw, source=source)
     except UsageError as error:
         raise ValueError(str(error)) from error
+
+
+def _check_metric_names(where: str, names: Iterable[str]) -> None:
+    """Refuse two names of which one's metrics would be written over the other's."""
+    for metric, count in Counter(map(metric_name, names)).items():
+        if count > 1:
+            raise ValueError(f"{where}: {count} of them would be {metric} among the metrics; they must differ in that")
 
 
 def _check_batch(section: str, loop: LoopSettings, resources: ResourceSettings) -> None:

@@ -16,16 +16,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
 from pathlib import Path
 
 from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare, gallery
-from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder
+from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder, training_name
 from freesolo.data.files import exists, join, write_atomic
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.shards import read_dataset_manifest
-from freesolo.data.subset import Subset, SubsetSource, finished_subset
+from freesolo.data.subset import Subset, SubsetSource, finished_subset, part_of
 from freesolo.evaluation import Metrics
 from freesolo.jobs import predict_stage, show_comparison, tell_dataset, train_stage, witnessed
 from freesolo.registry.weights import resolve_weights
@@ -66,8 +65,8 @@ class _Trained:
 
     @property
     def name(self) -> str:
-        """For people, and for MLflow, whose names may have no percent sign."""
-        return f"{self.start} at {_percent(self.fraction):g} percent"
+        """For people and MLflow."""
+        return training_name(self.start, self.fraction)
 
 
 def fine_tune_stage(job: FineTuneJob, folder: StageFolder) -> StageResult:
@@ -163,7 +162,7 @@ def train_settings(job: FineTuneJob, fraction: float) -> TrainSettings:
     loop, optimizer = job.train.loop, job.train.optimizer
     if job.min_steps is None:
         return job.train
-    steps = min(max(ceil(loop.steps * fraction), job.min_steps), loop.steps)
+    steps = min(max(part_of(loop.steps, fraction), job.min_steps), loop.steps)
     milestones = tuple(round(milestone * steps / loop.steps) for milestone in optimizer.milestones)
     return job.train.model_copy(
         update={

@@ -23,7 +23,7 @@ Values = dict[str, Any]
 
 
 def draw_trials(space: Mapping[str, RangeSettings], *, draws: int, seed: int) -> tuple[Values, ...]:
-    """The trials of a sweep.
+    """The trials of a sweep, which do not depend on the order of the settings in its space.
 
     Args:
         space: What to draw from, by dotted setting.
@@ -31,13 +31,15 @@ def draw_trials(space: Mapping[str, RangeSettings], *, draws: int, seed: int) ->
         seed: Of the draws.
 
     Returns:
-        `draws` times the product of the grids' lengths, the last grid's values changing fastest.
+        `draws` times the product of the grids' lengths; of grids the values of the last name in the alphabet change
+        fastest.
     """
     generator = random.Random(seed)
-    grids = {name: values.grid for name, values in space.items() if values.grid is not None}
+    by_name = dict(sorted(space.items()))
+    grids = {name: values.grid for name, values in by_name.items() if values.grid is not None}
     trials = []
     for _ in range(draws):
-        drawn = {name: _draw(values, generator) for name, values in space.items() if values.grid is None}
+        drawn = {name: _draw(values, generator) for name, values in by_name.items() if values.grid is None}
         for point in itertools.product(*grids.values()):
             values = drawn | dict(zip(grids, point, strict=True))
             trials.append({name: values[name] for name in space})

@@ -96,7 +96,8 @@ class ShardSurvey:
     Attributes:
         places: Of the photos that can be taken, in the shard, `(photos,)`.
         objects: In those.
-        skipped: Photos that are over the bounds: nobody may read them, so they are in no fraction.
+        skipped: Photos that are over the bounds, or whose annotations are damaged: nobody may read the ones, or knows
+            what is in the others, so they are in no fraction.
     """
 
     places: Int64[np.ndarray, " photos"]
@@ -167,7 +168,7 @@ def survey_shard(
         url: The data set.
         shard: As its manifest has it.
         categories: COCO's, of the data set; none: every object is of the category 0.
-        bounds: Larger photos are skipped.
+        bounds: Larger photos are skipped, as are those whose annotations are damaged.
 
     Raises:
         ShardError: The shard is damaged: what a fraction takes must not depend on what is lost.
@@ -181,9 +182,12 @@ def survey_shard(
         if sample.error is not None:
             skipped.append(SkippedPhoto(sample.file_name, sample.error))
             continue
+        labels = sample_labels(sample, index or None)
+        if labels.error is not None:
+            skipped.append(SkippedPhoto(sample.file_name, labels.error))
+            continue
         places.append(place)
         image_ids.append(sample.image_id)
-        labels = sample_labels(sample, index or None)
         found.append(sorted({coco_ids[instance.category_id] for instance in labels.instances}))
     return ShardSurvey(np.array(places, np.int64), photo_objects(image_ids, found), tuple(skipped))
 
@@ -243,9 +247,9 @@ def rank_photos(photos: PhotoObjects, seed: int) -> Int64[np.ndarray, " photos"]
     return np.array(order, np.int64)
 
 
-def photos_taken(fraction: float, photos: int) -> int:
-    """How many of `photos` photos a fraction takes: rounded up, of the number as it is written (0.07 of 100 is 7)."""
-    return int((Decimal(repr(fraction)) * photos).to_integral_value(ROUND_CEILING))
+def part_of(whole: int, fraction: float) -> int:
+    """How many a fraction is of photos, or of steps: rounded up, of the number as it is written (0.07 of 100 is 7)."""
+    return int((Decimal(repr(fraction)) * whole).to_integral_value(ROUND_CEILING))
 
 
 def choose_subset(
@@ -271,7 +275,7 @@ def choose_subset(
     if not len(objects.categories):
         raise UsageError(f"{dataset_url}: none of its photos has an annotated object, so no fraction has any")
     order = rank_photos(objects, source.seed)
-    count = photos_taken(source.fraction, len(objects))
+    count = part_of(len(objects), source.fraction)
     _refuse_empty_categories(dataset_url, manifest, objects, order, count, source.fraction)
     chosen = np.zeros(len(objects), bool)
     chosen[order[:count]] = True
@@ -308,7 +312,7 @@ def _refuse_empty_categories(
         share
         for digits in range(1, 20)
         if (share := (Decimal(needed) / len(objects)).quantize(Decimal(1).scaleb(-digits), ROUND_FLOOR))
-        and photos_taken(float(share), len(objects)) == needed
+        and part_of(len(objects), float(share)) == needed
     )
     raise UsageError(
         f"{dataset_url}: a fraction of {fraction:g} is {count} of its {len(objects)} photos, which leaves {len(empty)} "

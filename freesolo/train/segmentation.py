@@ -103,8 +103,8 @@ def choose_labels(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder) -
 
 
 def labels_url(folder: StageFolder, source: SubsetSource) -> str:
-    """Where a run keeps a fraction of a data set's labelled photos, for all of its trainings."""
-    return join(folder.run_url, f"labelled-{source.fraction!r}-seed-{source.seed}")
+    """Where a run keeps a fraction of a data set's labelled photos, for all of its trainings on that data set."""
+    return join(folder.run_url, f"labelled-{source.dataset_digest[:8]}-{source.fraction!r}-seed-{source.seed}")
 
 
 def train_segmenter(

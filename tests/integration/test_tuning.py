@@ -114,7 +114,8 @@ def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(
     assert counts["trials finished"] >= 1
     assert counts["trials stopped early"] >= 1
     assert counts["trials failed"] == 0
-    assert read_dataset_manifest(join(folder.run_url, "labelled-0.75-seed-0")).samples == 6
+    subset = join(folder.run_url, f"labelled-{read_dataset_manifest(scenes).digest[:8]}-0.75-seed-0")
+    assert read_dataset_manifest(subset).samples == 6
 
     names = [f"trial-{number:05d}" for number in range(6)]
     finished = [name for name in names if Path(folder.sibling(name).url, "result.json").exists()]

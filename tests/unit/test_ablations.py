@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from freesolo.ablations import Score, Spread, as_table, differences, spread_of, summarize
+from freesolo import ablations
+from freesolo.ablations import Score, Spread, ablations_stage, as_table, differences, spread_of, summarize
+from freesolo.comparison import Comparison
 from freesolo.config import AblationJob, MethodJob, load_config
 from freesolo.errors import UsageError
-from freesolo.stages import StageFolder
+from freesolo.evaluation import Metrics, RegionMetrics
+from freesolo.pipeline import Made
+from freesolo.stages import StageFolder, what_is_made
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +35,34 @@ def test_a_row_is_the_base_but_for_what_it_sets() -> None:
     assert row.train.losses == base.train.losses.model_copy(update={"pairwise": 0.5})
     assert row.pretrain == base.pretrain
     assert (base.rounds, base.held_out, base.dataset) == (job.rounds, job.held_out, job.dataset)
+
+
+def test_a_row_without_effect_is_refused_where_it_has_none() -> None:
+    """Of the base `pretrain` and `predict` are run, until it is given a backbone, and has no round."""
+    pretrained = "rows={a: {pretrain.loop.steps: 5}}"
+    ablation_job(pretrained)
+    with pytest.raises(
+        UsageError, match=r"rows.a: is the same as base \(pretrain.loop.steps: with an initial_backbone"
+    ):
+        ablation_job(pretrained, "initial_backbone=b.pt")
+    labelled = "rows={a: {predict.short_side: 64}}"
+    ablation_job(labelled)
+    with pytest.raises(UsageError, match=r"rows.a: is the same as base \(predict.short_side: with rounds=0 nothing"):
+        ablation_job(labelled, "rounds=0")
+
+
+def test_what_is_forgiven_is_known_to_change_nothing() -> None:
+    """Stages drop it wherever it is (`what_is_made`), so rows that set any of it would share all of their stages."""
+    job = ablation_job("rows={}")
+    forgiving = [
+        section
+        for section in ("pretrain.stream", "extract", "train.stream", "predict", "held_out")
+        if what_is_made(job.row_job({f"{section}.max_bad_samples": 0.5}, 0)) == what_is_made(job.row_job({}, 0))
+    ]
+    assert len(forgiving) == str(job.model_dump()).count("max_bad_samples")
+    for section in forgiving:
+        with pytest.raises(UsageError, match=r"what is forgiven changes no result"):
+            ablation_job(f"rows={{a: {{{section}.max_bad_samples: 0.5}}}}")
 
 
 def test_a_seed_is_of_the_pre_training_and_of_the_training() -> None:
@@ -60,10 +94,31 @@ def test_a_seed_is_of_the_pre_training_and_of_the_training() -> None:
             "rows={a: {train.loop.seed: 1}}",
             r"rows.a: train.loop.seed: leave it out, each row is run with each of seeds",
         ),
+        (
+            "rows={a: {train: {losses: {pairwise: 0.0}}}}",
+            r"rows.a: train: holds the seed, train.loop.seed; set what is inside of it",
+        ),
+        ("rows={a: {train.loop: 3}}", r"rows.a: train.loop: holds the seed, train.loop.seed; set what is inside of it"),
+        ("rows={a: {pretrain.loop: {steps: 3}}}", r"rows.a: pretrain.loop: holds the seed, pretrain.loop.seed; set"),
+        ("rows={a: {train.losses: 3}}", r"rows.a: train.losses=3: input should be"),
         ("rows={a: {extract.backbone: resnet34}}", r"rows.a: .*extract.backbone=resnet34, .*must be the same"),
         ("rows={a: {train.loop.batch_size: 5}, b: {}}", r"rows.b: is the same as base"),
-        ("rows={a: {rounds: 0}, b: {rounds: 0}}", r"rows.b: is the same as a; name it otherwise and give what it sets"),
-        ("rows={base: {rounds: 0}}", r"rows.base: is the same as base"),
+        ("rows={a: {rounds: 0}, b: {rounds: 0}}", r"rows.b: is the same as a; set something that is run"),
+        (
+            "rows={a: {pretrain.stream.max_bad_samples: 0.5, train.stream.max_bad_samples: 0.5}}",
+            r"rows.a: is the same as base \(pretrain.stream.max_bad_samples: what is forgiven changes no result; tr",
+        ),
+        ("rows={a: {train.initial_weights: x.pt}}", r"rows.a: is the same as base \(train.initial_weights: each train"),
+        (
+            "rows={a: {train.inference.min_score: 0.5}}",
+            r"rows.a: is the same as base \(train.inference.min_score: pict",
+        ),
+        (
+            "rows={a: {rounds: 0}, b: {rounds: 0, predict.short_side: 64}}",
+            r"rows.b: is the same as a \(predict.short_side: with rounds=0 nothing is labelled anew\); set something",
+        ),
+        ("rows={base: {rounds: 0}}", r"rows: 2 of them would be base among the metrics; they must differ in that"),
+        ("rows={no pairs: {rounds: 0}, no_pairs: {train.losses.pairwise: 0.0}}", r"rows: 2 of them would be no_pairs"),
         ("rows={a/b: {rounds: 0}}", r"rows.a/b"),
         ("seeds=[]", r"seeds"),
         ("seeds=[1, 1]", r"seeds=\[1, 1\]: each once"),
@@ -76,6 +131,12 @@ def test_a_seed_is_of_the_pre_training_and_of_the_training() -> None:
 def test_what_cannot_be_compared_is_refused_at_once(override: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         ablation_job(override)
+
+
+@pytest.mark.parametrize("backbone", ["/data/me@work/b.pt", "s3://me@store/b.pt", "models:/densecl/1"])
+def test_a_backbone_that_does_not_move_may_be_given(backbone: str) -> None:
+    """An @ is an alias in the registry only."""
+    assert ablation_job(f"initial_backbone={backbone}").initial_backbone == backbone
 
 
 def test_a_stage_is_named_by_all_that_it_makes_and_by_nothing_else() -> None:
@@ -155,3 +216,60 @@ def test_one_seed_has_no_spread_and_what_was_not_measured_is_a_dash() -> None:
         "| row | 30.0 ± - | +20.0 ± - | 15.0 ± - | 70.0 ± - | 0.0 ± - | 30.0 |",
         "| none | - | - | - | - | - | - |",
     ]
+
+
+# AP50 of SOLO with each of the seeds, by the weight of the pairwise loss; Free Mask's is 0.1 with seed 0, 0.12 with 2.
+AP50 = {(1.0, 2): 0.50, (1.0, 0): 0.30, (0.0, 2): 0.44, (0.0, 0): 0.22}
+
+
+def finds_its_name(dataset: str, label_sets: Mapping[str, str], *, gallery_images: int) -> Comparison:
+    """An evaluation whose AP50 is what a label set is called."""
+    nothing = RegionMetrics(**dict.fromkeys((field.name for field in fields(RegionMetrics)), 0.0))
+    rows = {
+        url: Metrics(replace(nothing, ap50=float(url.split(" ")[-1]), ap=0.5), nothing, 0.0, 1, 1, 1)
+        for url in label_sets
+    }
+    return Comparison("digest", rows, ())
+
+
+def made_of(job: MethodJob, folder: StageFolder, _: object) -> Made:
+    """A method that makes label sets whose names say how good they are."""
+    seed, pairwise = job.train.loop.seed, job.train.losses.pairwise
+    assert job.pretrain.loop.seed == seed
+    labels = {"Free Mask": f"seed {seed}: {0.1 + seed / 100}", "SOLO": f"{pairwise}, {seed}: {AP50[pairwise, seed]}"}
+    return Made(trained={"SOLO": folder.sibling(f"solo-{pairwise}-{seed}")}, held_out=labels)
+
+
+def test_rows_are_compared_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two values the deviation is their distance by the root of 2.
+
+    The base: 0.5 and 0.3, of mean 0.4 and deviation 0.2 / 1.414 = 0.141. The row: 0.44 and 0.22, of mean 0.33 and
+    deviation 0.22 / 1.414 = 0.156. Its differences from the base with the same seed: -0.06 and -0.08, of mean -0.07 and
+    deviation 0.02 / 1.414 = 0.014. (From that with the other seed they would be 0.14 and -0.28, of deviation 0.297.)
+    """
+    for name, stand_in in {
+        "run_method": made_of,
+        "compare": finds_its_name,
+        "check_data": lambda _: None,
+        "tell_dataset": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(ablations, name, stand_in)
+    job = ablation_job("rows={no pairs: {train.losses.pairwise: 0.0}}", "seeds=[2, 0]", "tracking.uri=off")
+    result = ablations_stage(job, StageFolder(str(tmp_path), "run", "ablations"))
+    assert result.counts == {"rows": 2, "seeds": 2, "trainings": 4}
+    expected = {
+        "base/AP50": 0.4,
+        "base/AP50_deviation": 0.2 / math.sqrt(2),
+        "no_pairs/AP50": 0.33,
+        "no_pairs/AP50_deviation": 0.22 / math.sqrt(2),
+        "no_pairs/AP50_difference": -0.07,
+        "no_pairs/AP50_difference_deviation": 0.02 / math.sqrt(2),
+        "base/Free_Mask_AP50": 0.11,
+        "no_pairs/Free_Mask_AP50_deviation": 0.02 / math.sqrt(2),
+    }
+    assert {name: result.metrics[name] for name in expected} == pytest.approx(expected)
+    assert result.metrics["base/AP50_difference"] is None
+    page = (tmp_path / "run" / "ablations" / "ablations.md").read_text()
+    assert "over the seeds 2, 0." in page
+    assert "| base | 40.0 ± 14.1 | - | 50.0 ± 0.0 | 0.0 ± 0.0 | 11.0 ± 1.4 | 50.0, 30.0 |" in page
+    assert "| no pairs | 33.0 ± 15.6 | -7.0 ± 1.4 | 50.0 ± 0.0 | 0.0 ± 0.0 | 11.0 ± 1.4 | 44.0, 22.0 |" in page

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from freesolo.config import PipelineJob, PretrainJob, TrainJob, dump_config, load_config, parse_config
+from freesolo.config import EvaluateJob, PipelineJob, PretrainJob, TrainJob, dump_config, load_config, parse_config
 from freesolo.errors import UsageError
 from freesolo.settings import LoopSettings
 
@@ -118,6 +118,12 @@ def test_a_batch_that_does_not_divide_by_workers_is_refused() -> None:
     raw = {"dataset": "d", "train": {"loop": {"steps": 1, "batch_size": 4, "accumulation_steps": 4}}}
     with pytest.raises(UsageError, match=r"batch_size=4 .* 2 workers .* 4 accumulation_steps"):
         parse_config(TrainJob, {**raw, "resources": {"workers": 2}}, source="here")
+
+
+def test_label_sets_have_metrics_of_their_own() -> None:
+    raw = {"dataset": "d", "labels": {"Free Mask": "a", "Free_Mask": "b", "SOLO": "c"}}
+    with pytest.raises(UsageError, match=r"labels: 2 of them would be Free_Mask among the metrics"):
+        parse_config(EvaluateJob, raw, source="here")
 
 
 def test_a_pipeline_checks_each_of_its_stages() -> None:

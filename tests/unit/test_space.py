@@ -55,6 +55,17 @@ def test_more_draws_leave_the_first_as_they_are() -> None:
     assert draw_trials(space, draws=5, seed=3)[:4] == draw_trials(space, draws=2, seed=3)
 
 
+def test_the_order_of_a_space_does_not_matter() -> None:
+    space = {
+        "rate": RangeSettings(uniform=(0.0, 1.0)),
+        "batch": RangeSettings(grid=(4, 8)),
+        "decay": RangeSettings(uniform=(0.0, 1.0)),
+        "method": RangeSettings(grid=("sgd", "adamw")),
+    }
+    backwards = dict(reversed(space.items()))
+    assert draw_trials(space, draws=3, seed=0) == draw_trials(backwards, draws=3, seed=0)
+
+
 def test_values_replace_settings_and_nothing_else() -> None:
     settings = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert with_values(settings, {"a.c.d": 5, "e": [1]}) == {"a": {"b": 1, "c": {"d": 5}}, "e": [1]}
@@ -116,10 +127,22 @@ def test_a_metric_that_a_trial_does_not_report_is_refused_at_once(metric: str) -
 
 
 @pytest.mark.parametrize(
-    "name", ["dataset", "label_fraction", "train.losses", "train.losses.pairwise", "train.views.flip_probability"]
+    ("name", "value"),
+    [
+        ("dataset", "other"),
+        ("label_fraction", 0.5),
+        ("train.losses", {}),
+        ("train.losses.pairwise", 0.5),
+        ("train.views.flip_probability", 0.5),
+        ("train.model", {}),
+        ("train.model.num_categories", 2),
+        ("train.model.grid_sizes", [20, 18, 12, 8, 6]),
+        ("train.model.strides", [8, 8, 16, 32, 64]),
+        ("train.model.centre_sigma", 0.5),
+    ],
 )
-def test_losses_that_measure_different_things_are_not_compared(name: str) -> None:
-    space = {name: {"grid": [{} if name == "train.losses" else "other" if name == "dataset" else 0.5]}}
+def test_losses_that_measure_different_things_are_not_compared(name: str, value: Any) -> None:
+    space = {name: {"grid": [value]}}
     message = f"with another {name} loss measures something else, .*give an evaluation_dataset, and tune.scheduler=none"
     for how in ({}, {"scheduler": "none"}, {"held_out": "held-out"}):
         with pytest.raises(UsageError, match=message):
@@ -128,11 +151,17 @@ def test_losses_that_measure_different_things_are_not_compared(name: str) -> Non
     tune_job(space, metric="images_per_second", mode="max")
 
 
+def test_losses_of_other_networks_are_compared_and_of_other_scales_are_not() -> None:
+    tune_job({"train.model.backbone": {"grid": ["resnet18", "resnet50"]}, "train.model.head": {"grid": [{}]}})
+    with pytest.raises(UsageError, match=r"with another train.model.scale_ranges loss measures something else"):
+        tune_job({"train.model.scale_ranges": {"grid": [[]]}})
+
+
 def test_models_of_one_category_have_no_ap_by_category() -> None:
     space = {"train.model.num_categories": {"grid": [2, 1]}}
     with pytest.raises(UsageError, match=r"category/AP: a model of one category has none; give train.model.num_cat"):
-        tune_job(space, held_out="held-out", evaluation_metric="category/AP")
-    tune_job(space, held_out="held-out", evaluation_metric="segm/AP50")
+        tune_job(space, held_out="held-out", evaluation_metric="category/AP", scheduler="none")
+    tune_job(space, held_out="held-out", evaluation_metric="segm/AP50", scheduler="none")
 
 
 def test_elastic_workers_are_refused() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,8 @@ from freesolo.data.subset import (
     choose_subset,
     finish_subset,
     finished_subset,
+    part_of,
     photo_objects,
-    photos_taken,
     rank_photos,
     subset_tasks,
     survey_shard,
@@ -38,6 +38,8 @@ from freesolo.data.subset import (
 )
 from freesolo.errors import UsageError
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
+from freesolo.stages import StageFolder
+from freesolo.train.segmentation import labels_url
 
 CATEGORIES = (
     {"id": 18, "name": "dog"},
@@ -123,11 +125,11 @@ def test_photos_without_objects_are_spread_evenly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fraction", "photos", "taken"),
+    ("fraction", "whole", "part"),
     [(0.07, 100, 7), (0.05, 19, 1), (0.05, 21, 2), (1e-05, 7, 1), (1.0, 7, 7), (0.5, 0, 0)],
 )
-def test_a_fraction_is_rounded_up_as_it_is_written(fraction: float, photos: int, taken: int) -> None:
-    assert photos_taken(fraction, photos) == taken
+def test_a_fraction_is_rounded_up_as_it_is_written(fraction: float, whole: int, part: int) -> None:
+    assert part_of(whole, fraction) == part
 
 
 # --- of a data set --------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def test_the_bytes_are_those_of_packing_the_same_samples(dataset: str, tmp_path:
 def test_a_larger_fraction_contains_a_smaller_one(one: float, other: float) -> None:
     small, large = sorted((one, other))
     order = ranked([[1 + number % 3] for number in range(50)])
-    assert set(order[: photos_taken(small, 50)]) <= set(order[: photos_taken(large, 50)])
+    assert set(order[: part_of(50, small)]) <= set(order[: part_of(50, large)])
 
 
 def test_a_fraction_of_a_data_set_contains_a_smaller_one(dataset: str, tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_a_fraction_of_a_data_set_contains_a_smaller_one(dataset: str, tmp_path:
         take(dataset, str(tmp_path / str(fraction)), fraction)
         kept.append({sample.image_id for sample in samples_of(str(tmp_path / str(fraction)))})
     assert [len(ids) for ids in kept] == [3, 6, 15, 30]
-    assert all(small < large for small, large in pairwise(kept))
+    assert all(small < large for small, large in itertools.pairwise(kept))
 
 
 def test_a_fraction_that_leaves_a_category_empty_is_refused(tmp_path: Path) -> None:
@@ -249,6 +251,18 @@ def test_a_photo_over_the_bounds_is_in_no_fraction_and_told(tmp_path: Path) -> N
     assert "bounds.max_pixels" in manifest.skipped[0].reason
 
 
+def test_a_photo_whose_annotations_are_damaged_is_in_no_fraction_and_told(tmp_path: Path) -> None:
+    """It is not one without objects: what is in it is not known."""
+    url = str(tmp_path / "photos")
+    damaged = sample(2, 3, segmentation=[[1] * 7])
+    written(url, [[sample(1, 3), damaged, sample(3, 18), sample(4), sample(5, 99)]])
+    manifest = take(url, str(tmp_path / "all"), 1.0)
+    assert [one.image_id for one in samples_of(str(tmp_path / "all"))] == [1, 3, 4]
+    assert [photo.file_name for photo in manifest.skipped] == ["folder/ü2.jpg", "folder/ü5.jpg"]
+    assert manifest.skipped[0].reason.startswith("annotation 20 is damaged")
+    assert manifest.skipped[1].reason == "annotation 50 has no known category: 99"
+
+
 def test_shards_of_which_little_is_taken_become_one(tmp_path: Path) -> None:
     url = str(tmp_path / "photos")
     written(url, [[sample(100 * shard + number, 3) for number in range(100)] for shard in range(8)])
@@ -274,6 +288,14 @@ def test_a_finished_subset_is_found_and_another_one_is_refused(dataset: str, tmp
     assert finished_subset(url, source) is None, "half of a subset is none"
 
 
+def test_a_run_keeps_each_fraction_in_a_folder_of_its_own() -> None:
+    """A sweep may be over data sets, fractions and seeds."""
+    folder, sources = StageFolder("storage", "run", "train"), itertools.product("ab", (0.05, 0.1), (0, 1))
+    urls = [labels_url(folder, SubsetSource(digest * 64, fraction, seed)) for digest, fraction, seed in sources]
+    assert urls[0] == "storage/run/labelled-aaaaaaaa-0.05-seed-0"
+    assert len(set(urls)) == 8
+
+
 def test_a_fraction_is_of_annotations_and_not_of_a_label_set() -> None:
     raw = {"dataset": "data", "train": {"loop": {"steps": 1, "batch_size": 1}}}
     assert parse_config(TrainJob, raw | {"label_fraction": 0.05}, source="x").label_fraction == 0.05
@@ -287,7 +309,7 @@ def test_a_fraction_is_of_annotations_and_not_of_a_label_set() -> None:
 
 
 def test_a_large_data_set_is_ranked_in_seconds() -> None:
-    """As many photos as COCO has, of as many categories."""
+    """A sixth of COCO's photos, of as many categories."""
     random = np.random.default_rng(0)
     categories = [random.choice(80, random.integers(0, 5), replace=False).tolist() for _ in range(20_000)]
     assert sorted(ranked(categories)) == list(range(20_000))
