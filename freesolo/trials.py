@@ -30,7 +30,7 @@ from ray.util.queue import Empty, Queue
 
 from freesolo.cluster import trainings_at_once
 from freesolo.config import TrainJob, TuneJob
-from freesolo.data.files import exists, join, read_bytes, write_atomic
+from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
 from freesolo.jobs import train_stage
 from freesolo.settings import TuneSettings
 from freesolo.space import Values
@@ -124,16 +124,41 @@ class Sweep:
         """Of the file that says that a trial was stopped early, and where."""
         return join(self.folder_of(number).url, "stopped.json")
 
+    def stopped(self, number: int) -> dict[str, Any] | None:
+        """What a trial told last before it was stopped early; None where it was not."""
+        if self.finished(number) or not exists(self.stopped_url(number)):
+            return None
+        told: dict[str, Any] = json.loads(read_bytes(self.stopped_url(number)))
+        return told
+
     def reports(self, number: int) -> list[dict[str, Any]]:
         """What a trial's journal says of the metric, ascending by step; after an early stop no more."""
-        stopped = None
-        if not self.finished(number) and exists(self.stopped_url(number)):
-            stopped = json.loads(read_bytes(self.stopped_url(number)))["step"]
+        stopped = self.stopped(number)
         return [
             {"step": entry.step, "metric": entry.metrics[self.metric]}
             for entry in read_journal(self.folder_of(number).url)
-            if self.metric in entry.metrics and (stopped is None or entry.step <= stopped)
+            if self.metric in entry.metrics and (stopped is None or entry.step <= stopped["step"])
         ]
+
+    def told(self, number: int) -> list[dict[str, Any]]:
+        """What a trial has told at its checkpoints, ascending by step: the metric as it was last known there.
+
+        What it tells at its end is not among it.
+        """
+        loop = self.jobs[number].train.loop
+        reports = self.reports(number)
+        steps = range(loop.checkpoint_every, min(self._reached(number) + 1, loop.steps), loop.checkpoint_every)
+        known = {step: [report for report in reports if report["step"] <= step] for step in steps}
+        return [{**until[-1], "step": step} for step, until in known.items() if until]
+
+    def _reached(self, number: int) -> int:
+        """The last step that is known to be done. The journal alone may end before the last checkpoint."""
+        if (stopped := self.stopped(number)) is not None:
+            return int(stopped["step"])
+        saved = re.findall(
+            r"^step-(\d+)", "\n".join(list_files(join(self.folder_of(number).url, "checkpoints"))), re.MULTILINE
+        )
+        return max([int(report["step"]) for report in self.reports(number)] + [int(step) for step in saved], default=0)
 
     def outcome(self, number: int, reason: str | None) -> Outcome:
         last = next(reversed(self.reports(number)), {"step": 0, "metric": None})
@@ -246,13 +271,8 @@ class Trial(tune.Trainable):
             sweep: What it is one of.
         """
         self._sweep, self._number = sweep, config["trial"]
-        every = sweep.jobs[self._number].train.loop.checkpoint_every
         self._last_step = sweep.jobs[self._number].train.loop.steps
-        self._known = deque(
-            report
-            for report in sweep.reports(self._number)
-            if report["step"] % every == 0 and report["step"] < self._last_step
-        )
+        self._known = deque(sweep.told(self._number))
         self._told = 0.0
         self._queue = Queue(actor_options={"num_cpus": 0})
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
@@ -283,7 +303,7 @@ class Trial(tune.Trainable):
                     return self._tell(report)
             if self._error is not None:
                 raise self._error
-        return {**self._sweep.reports(self._number)[-1], "done": True}
+        return {**(self._sweep.stopped(self._number) or self._sweep.reports(self._number)[-1]), "done": True}
 
     def cleanup(self) -> None:
         """Stop the training if it is under way, in good order: it saves, tells MLflow, and gives its workers back."""
