@@ -16,7 +16,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +95,13 @@ class Sweep:
     at_once: int
 
     @classmethod
-    def of(cls, job: TuneJob, folder: StageFolder) -> Sweep:
+    def of(cls, job: TuneJob, folder: StageFolder, starts: Mapping[str | None, str | None]) -> Sweep:
         """Share out the connected cluster.
+
+        Args:
+            job: What to do.
+            folder: Of the sweep's own stage.
+            starts: For each `train.initial_weights` of the trials where they are kept.
 
         Raises:
             UsageError: It cannot hold a single trial.
@@ -108,8 +113,11 @@ class Sweep:
             "resources": job.resources.model_copy(update={"data_cpus": data_cpus}),
             "tracking": job.tracking.model_copy(update={"registered_model": None}),  # the best one's is, at the end
         }
-        jobs = tuple(job.trial_job(one).model_copy(update=shares) for one in values)
-        return cls(folder, job.tune.metric, values, jobs, at_once)
+        jobs = []
+        for trial in map(job.trial_job, values):
+            train = trial.train.model_copy(update={"initial_weights": starts[trial.train.initial_weights]})
+            jobs.append(trial.model_copy(update={**shares, "train": train}))
+        return cls(folder, job.tune.metric, values, tuple(jobs), at_once)
 
     def folder_of(self, number: int) -> StageFolder:
         return self.folder.sibling(f"trial-{number:05d}")
