@@ -31,6 +31,7 @@ from ray.util.queue import Empty, Queue
 from freesolo.cluster import trainings_at_once
 from freesolo.config import TrainJob, TuneJob
 from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
+from freesolo.errors import JobError
 from freesolo.jobs import train_stage
 from freesolo.settings import TuneSettings
 from freesolo.space import Values
@@ -43,6 +44,8 @@ STOP_SECONDS = 120.0
 """What a trial that is stopped early has for saving and telling MLflow."""
 
 _LOOK_SECONDS = 1.0
+# What a training meets again when it is repeated. All else that ends one may pass: a lost node, a store that is out.
+_DIVERGED = re.compile(r"^step \d+: .+ is not finite")
 _LOG = logging.getLogger(__name__)
 
 
@@ -187,7 +190,7 @@ def run_trials(sweep: Sweep, settings: TuneSettings) -> dict[int, str]:
         Why some failed, by number.
 
     Raises:
-        KeyboardInterrupt: Tune was interrupted, which it keeps to itself.
+        JobError: Some ended before their end for what may pass; the others were done first.
     """
     left = [number for number in range(len(sweep.jobs)) if not sweep.over(number)]
     if not left:
@@ -222,8 +225,13 @@ def run_trials(sweep: Sweep, settings: TuneSettings) -> dict[int, str]:
     )
     with redirect_stdout(io.StringIO()):  # a job's only line there is its result; Tune prints whatever its verbosity
         tuner.fit()
-    if not all(sweep.over(number) or number in keeper.failed for number in numbers):
-        raise KeyboardInterrupt
+    lost = [number for number in numbers if not sweep.over(number) and number not in keeper.failed]
+    if lost:
+        reason = keeper.lost.get(lost[0], "Tune was interrupted").removesuffix("; run the same again to go on")
+        raise JobError(
+            f"{len(lost)} of {len(sweep.jobs)} trials did not come to their end, {sweep.folder_of(lost[0]).stage} for "
+            f"one: {reason}; run the same again to go on"
+        )
     return keeper.failed
 
 
@@ -242,11 +250,17 @@ def _scheduler(settings: TuneSettings, jobs: Sequence[TrainJob]) -> TrialSchedul
 
 
 class _Keeper(tune.Callback):
-    """In the driver: writes down which trials were stopped early, and remembers which failed."""
+    """In the driver: writes down which trials were stopped early, and remembers why others ended before their end.
+
+    Attributes:
+        failed: Those that would again.
+        lost: Those that may go on.
+    """
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self.failed: dict[int, str] = {}
+        self.lost: dict[int, str] = {}
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         number = trial.config["trial"]
@@ -256,11 +270,20 @@ class _Keeper(tune.Callback):
         _LOG.info("%s", self._sweep.outcome(number, None))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        # Tune keeps what was raised as text: a traceback, and in its last line the error.
-        last_line = Path(trial.error_file or "").read_text().strip().rpartition("\n")[2]
-        number = trial.config["trial"]
-        self.failed[number] = re.sub(r"^[\w.]+: ", "", last_line)
-        _LOG.warning("%s", self._sweep.outcome(number, self.failed[number]))
+        number, reason = trial.config["trial"], _reason(Path(trial.error_file or "").read_text())
+        if _DIVERGED.match(reason):
+            self.failed[number] = reason
+            _LOG.warning("%s", self._sweep.outcome(number, reason))
+        else:
+            self.lost[number] = reason
+            _LOG.warning("%s did not come to its end: %s", self._sweep.folder_of(number).stage, reason)
+
+
+def _reason(kept: str) -> str:
+    """In a line what Tune keeps as text: when it was, and a traceback, or of an actor that died how it did."""
+    lines = kept.strip().splitlines()[1:] or ["it is not known why"]
+    traced = "ray::" in lines[0] or lines[0].startswith("Traceback")
+    return re.sub(r"^[\w.]+: ", "", lines[-1]) if traced else lines[0]
 
 
 class Trial(tune.Trainable):

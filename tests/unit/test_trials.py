@@ -12,7 +12,7 @@ from freesolo.config import TrainJob, parse_config
 from freesolo.settings import RangeSettings, TuneSettings
 from freesolo.stages import StageFolder
 from freesolo.tracking.journal import Journal
-from freesolo.trials import Sweep, _scheduler
+from freesolo.trials import Sweep, _reason, _scheduler
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
@@ -145,3 +145,21 @@ def test_what_was_stopped_early_tells_no_more_than_before(tmp_path: Path) -> Non
 def test_what_is_at_its_end_is_not_decided_on(tmp_path: Path) -> None:
     sweep = sweep_of_one(tmp_path, steps=100, entries=100)
     assert steps_and_metrics(sweep) == [(25, 20.0), (50, 50.0), (75, 70.0)]
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (
+            "\x1b[36mray::Trial.train()\x1b[39m (pid=1)\n  File x, line 1, in step\n    raise self._error\n"
+            "freesolo.errors.JobError: step 3: a loss is not finite (loss=nan); image ids of the batch: [1]\n",
+            "step 3: a loss is not finite (loss=nan); image ids of the batch: [1]",
+        ),
+        (
+            "The actor died unexpectedly before finishing this task.\n\tclass_name: Trial\n\tactor_id: 1f\n",
+            "The actor died unexpectedly before finishing this task.",
+        ),
+    ],
+)
+def test_why_a_trial_ended_is_told_in_one_line(kept: str, reason: str) -> None:
+    assert _reason(f"Failure # 1 (occurred at 2026-11-26_22-00-00)\n{kept}\n") == reason
