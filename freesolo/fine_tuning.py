@@ -11,30 +11,27 @@ weights are copied into the run first: an alias of the registry that moves meanw
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare, gallery
 from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder, training_name
-from freesolo.data.files import exists, join, write_atomic
+from freesolo.data.files import join
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.data.subset import Subset, SubsetSource, finished_subset, part_of
 from freesolo.evaluation import Metrics
 from freesolo.jobs import predict_stage, show_comparison, tell_dataset, train_stage, witnessed
-from freesolo.registry.weights import resolve_weights
 from freesolo.report.records import Trend
 from freesolo.run_report import write_report
 from freesolo.settings import TrainSettings
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking.journal import Journal
-from freesolo.tracking.server import resolve_server
 from freesolo.tracking.witness import Witness
+from freesolo.train.initial import keep_weights
 from freesolo.train.segmentation import labels_url, segmenter_inputs
 
 _DRAWN = {"segm/AP": "Mask AP, %", "category/AP": "AP by category, %"}
@@ -79,7 +76,12 @@ def fine_tune_stage(job: FineTuneJob, folder: StageFolder) -> StageResult:
             tell_dataset(witness, job.dataset)
             for subset in subsets:
                 write_subset_on_cluster(subset, labels_url(folder, subset.source), bounds=job.bounds)
-            starts = {name: _keep_weights(job, folder, name) for name in job.starts}
+            starts = {
+                name: keep_weights(
+                    reference, join(folder.url, "starts", f"{start_folder(name)}.pt"), job.tracking, folder.storage
+                )
+                for name, reference in job.starts.items()
+            }
             trained = [
                 _train(job, folder, start, weights, fraction)
                 for fraction in job.fractions
@@ -109,19 +111,6 @@ def _prepare(job: FineTuneJob, folder: StageFolder) -> list[Subset]:
     if missing:
         connect(job.resources)
     return choose_subsets_on_cluster(job.dataset, manifest, missing, bounds=job.bounds)
-
-
-def _keep_weights(job: FineTuneJob, folder: StageFolder, start: str) -> str | None:
-    """The URL of the run's own copy of a start's weights; None for a start from nothing."""
-    reference = job.starts[start]
-    if reference is None:
-        return None
-    url = join(folder.url, "starts", f"{start_folder(start)}.pt")
-    if not exists(url):
-        with tempfile.TemporaryDirectory() as local:
-            resolved = resolve_weights(reference, Path(local), server=resolve_server(job.tracking, folder.storage))
-            write_atomic(url, resolved.path.read_bytes())
-    return url
 
 
 def _train(job: FineTuneJob, folder: StageFolder, start: str, weights: str | None, fraction: float) -> _Trained:

@@ -16,7 +16,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from ray.util.queue import Empty, Queue
 
 from freesolo.cluster import trainings_at_once
 from freesolo.config import TrainJob, TuneJob
-from freesolo.data.files import exists, join, read_bytes, write_atomic
+from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
+from freesolo.errors import JobError
 from freesolo.jobs import train_stage
 from freesolo.settings import TuneSettings
 from freesolo.space import Values
@@ -43,6 +44,8 @@ STOP_SECONDS = 120.0
 """What a trial that is stopped early has for saving and telling MLflow."""
 
 _LOOK_SECONDS = 1.0
+# What a training meets again when it is repeated. All else that ends one may pass: a lost node, a store that is out.
+_DIVERGED = re.compile(r"^step \d+: .+ is not finite")
 _LOG = logging.getLogger(__name__)
 
 
@@ -95,8 +98,13 @@ class Sweep:
     at_once: int
 
     @classmethod
-    def of(cls, job: TuneJob, folder: StageFolder) -> Sweep:
+    def of(cls, job: TuneJob, folder: StageFolder, starts: Mapping[str | None, str | None]) -> Sweep:
         """Share out the connected cluster.
+
+        Args:
+            job: What to do.
+            folder: Of the sweep's own stage.
+            starts: For each `train.initial_weights` of the trials where they are kept.
 
         Raises:
             UsageError: It cannot hold a single trial.
@@ -108,8 +116,11 @@ class Sweep:
             "resources": job.resources.model_copy(update={"data_cpus": data_cpus}),
             "tracking": job.tracking.model_copy(update={"registered_model": None}),  # the best one's is, at the end
         }
-        jobs = tuple(job.trial_job(one).model_copy(update=shares) for one in values)
-        return cls(folder, job.tune.metric, values, jobs, at_once)
+        jobs = []
+        for trial in map(job.trial_job, values):
+            train = trial.train.model_copy(update={"initial_weights": starts[trial.train.initial_weights]})
+            jobs.append(trial.model_copy(update={**shares, "train": train}))
+        return cls(folder, job.tune.metric, values, tuple(jobs), at_once)
 
     def folder_of(self, number: int) -> StageFolder:
         return self.folder.sibling(f"trial-{number:05d}")
@@ -124,16 +135,41 @@ class Sweep:
         """Of the file that says that a trial was stopped early, and where."""
         return join(self.folder_of(number).url, "stopped.json")
 
+    def stopped(self, number: int) -> dict[str, Any] | None:
+        """What a trial told last before it was stopped early; None where it was not."""
+        if self.finished(number) or not exists(self.stopped_url(number)):
+            return None
+        told: dict[str, Any] = json.loads(read_bytes(self.stopped_url(number)))
+        return told
+
     def reports(self, number: int) -> list[dict[str, Any]]:
         """What a trial's journal says of the metric, ascending by step; after an early stop no more."""
-        stopped = None
-        if not self.finished(number) and exists(self.stopped_url(number)):
-            stopped = json.loads(read_bytes(self.stopped_url(number)))["step"]
+        stopped = self.stopped(number)
         return [
             {"step": entry.step, "metric": entry.metrics[self.metric]}
             for entry in read_journal(self.folder_of(number).url)
-            if self.metric in entry.metrics and (stopped is None or entry.step <= stopped)
+            if self.metric in entry.metrics and (stopped is None or entry.step <= stopped["step"])
         ]
+
+    def told(self, number: int) -> list[dict[str, Any]]:
+        """What a trial has told at its checkpoints, ascending by step: the metric as it was last known there.
+
+        What it tells at its end is not among it.
+        """
+        loop = self.jobs[number].train.loop
+        reports = self.reports(number)
+        steps = range(loop.checkpoint_every, min(self._reached(number) + 1, loop.steps), loop.checkpoint_every)
+        known = {step: [report for report in reports if report["step"] <= step] for step in steps}
+        return [{**until[-1], "step": step} for step, until in known.items() if until]
+
+    def _reached(self, number: int) -> int:
+        """The last step that is known to be done. The journal alone may end before the last checkpoint."""
+        if (stopped := self.stopped(number)) is not None:
+            return int(stopped["step"])
+        saved = re.findall(
+            r"^step-(\d+)", "\n".join(list_files(join(self.folder_of(number).url, "checkpoints"))), re.MULTILINE
+        )
+        return max([int(report["step"]) for report in self.reports(number)] + [int(step) for step in saved], default=0)
 
     def outcome(self, number: int, reason: str | None) -> Outcome:
         last = next(reversed(self.reports(number)), {"step": 0, "metric": None})
@@ -154,7 +190,7 @@ def run_trials(sweep: Sweep, settings: TuneSettings) -> dict[int, str]:
         Why some failed, by number.
 
     Raises:
-        KeyboardInterrupt: Tune was interrupted, which it keeps to itself.
+        JobError: Some ended before their end for what may pass; the others were done first.
     """
     left = [number for number in range(len(sweep.jobs)) if not sweep.over(number)]
     if not left:
@@ -189,8 +225,13 @@ def run_trials(sweep: Sweep, settings: TuneSettings) -> dict[int, str]:
     )
     with redirect_stdout(io.StringIO()):  # a job's only line there is its result; Tune prints whatever its verbosity
         tuner.fit()
-    if not all(sweep.over(number) or number in keeper.failed for number in numbers):
-        raise KeyboardInterrupt
+    lost = [number for number in numbers if not sweep.over(number) and number not in keeper.failed]
+    if lost:
+        reason = keeper.lost.get(lost[0], "Tune was interrupted").removesuffix("; run the same again to go on")
+        raise JobError(
+            f"{len(lost)} of {len(sweep.jobs)} trials did not come to their end, {sweep.folder_of(lost[0]).stage} for "
+            f"one: {reason}; run the same again to go on"
+        )
     return keeper.failed
 
 
@@ -209,11 +250,17 @@ def _scheduler(settings: TuneSettings, jobs: Sequence[TrainJob]) -> TrialSchedul
 
 
 class _Keeper(tune.Callback):
-    """In the driver: writes down which trials were stopped early, and remembers which failed."""
+    """In the driver: writes down which trials were stopped early, and remembers why others ended before their end.
+
+    Attributes:
+        failed: Those that would again.
+        lost: Those that may go on.
+    """
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self.failed: dict[int, str] = {}
+        self.lost: dict[int, str] = {}
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         number = trial.config["trial"]
@@ -223,11 +270,20 @@ class _Keeper(tune.Callback):
         _LOG.info("%s", self._sweep.outcome(number, None))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        # Tune keeps what was raised as text: a traceback, and in its last line the error.
-        last_line = Path(trial.error_file or "").read_text().strip().rpartition("\n")[2]
-        number = trial.config["trial"]
-        self.failed[number] = re.sub(r"^[\w.]+: ", "", last_line)
-        _LOG.warning("%s", self._sweep.outcome(number, self.failed[number]))
+        number, reason = trial.config["trial"], _reason(Path(trial.error_file or "").read_text())
+        if _DIVERGED.match(reason):
+            self.failed[number] = reason
+            _LOG.warning("%s", self._sweep.outcome(number, reason))
+        else:
+            self.lost[number] = reason
+            _LOG.warning("%s did not come to its end: %s", self._sweep.folder_of(number).stage, reason)
+
+
+def _reason(kept: str) -> str:
+    """In a line what Tune keeps as text: when it was, and a traceback, or of an actor that died how it did."""
+    lines = kept.strip().splitlines()[1:] or ["it is not known why"]
+    traced = "ray::" in lines[0] or lines[0].startswith("Traceback")
+    return re.sub(r"^[\w.]+: ", "", lines[-1]) if traced else lines[0]
 
 
 class Trial(tune.Trainable):
@@ -246,13 +302,8 @@ class Trial(tune.Trainable):
             sweep: What it is one of.
         """
         self._sweep, self._number = sweep, config["trial"]
-        every = sweep.jobs[self._number].train.loop.checkpoint_every
         self._last_step = sweep.jobs[self._number].train.loop.steps
-        self._known = deque(
-            report
-            for report in sweep.reports(self._number)
-            if report["step"] % every == 0 and report["step"] < self._last_step
-        )
+        self._known = deque(sweep.told(self._number))
         self._told = 0.0
         self._queue = Queue(actor_options={"num_cpus": 0})
         self._thread = threading.Thread(target=self._train, name="training", daemon=True)
@@ -283,7 +334,7 @@ class Trial(tune.Trainable):
                     return self._tell(report)
             if self._error is not None:
                 raise self._error
-        return {**self._sweep.reports(self._number)[-1], "done": True}
+        return {**(self._sweep.stopped(self._number) or self._sweep.reports(self._number)[-1]), "done": True}
 
     def cleanup(self) -> None:
         """Stop the training if it is under way, in good order: it saves, tells MLflow, and gives its workers back."""

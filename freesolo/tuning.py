@@ -41,6 +41,7 @@ from freesolo.jobs import (
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import Witness
+from freesolo.train.initial import keep_weights
 from freesolo.train.segmentation import labels_url
 from freesolo.trials import Outcome, Sweep, run_trials
 
@@ -57,7 +58,7 @@ def tune_stage(job: TuneJob, folder: StageFolder) -> StageResult:
             tell_dataset(witness, job.dataset)
             for subset in subsets:  # before several trials want it at once
                 write_subset_on_cluster(subset, labels_url(folder, subset.source), bounds=job.bounds)
-            sweep = Sweep.of(job, folder)
+            sweep = Sweep.of(job, folder, _keep_starts(job, folder))
             failed = run_trials(sweep, job.tune)
             outcomes = [sweep.outcome(number, failed.get(number)) for number in range(len(sweep.jobs))]
             if job.evaluation_dataset is not None:
@@ -71,7 +72,7 @@ def tune_stage(job: TuneJob, folder: StageFolder) -> StageResult:
                 metrics[metric] = best.held_out
             journal.append(0, {name: value for name, value in metrics.items() if value is not None})
             _LOG.info("%d trials; the best: %s", len(outcomes), best)
-            result = _with_best(job, folder, best)
+            result = _with_best(job, sweep, outcomes.index(best), best)
         counts = {"trials": len(outcomes), "steps": sum(outcome.step for outcome in outcomes)}
         counts |= {
             f"trials {state}": sum(outcome.state == state for outcome in outcomes)
@@ -104,6 +105,15 @@ def _prepare(job: TuneJob, folder: StageFolder) -> list[Subset]:
         for trial, one in zip(different.values(), inputs, strict=True):
             check_held_out(job.evaluation_dataset, one.manifest, num_categories=trial.train.model.num_categories)
     return [one.subset for one in inputs if one.subset is not None]
+
+
+def _keep_starts(job: TuneJob, folder: StageFolder) -> dict[str | None, str | None]:
+    """The sweep's own copy of each of the weights that trials start from; of none, none."""
+    references = dict.fromkeys(job.trial_job(values).train.initial_weights for values in job.trials())
+    return {
+        reference: keep_weights(reference, join(folder.url, "starts", f"{number}.pt"), job.tracking, folder.storage)
+        for number, reference in enumerate(references)
+    }
 
 
 def _held_out_metric(job: TuneJob) -> str | None:
@@ -175,10 +185,10 @@ def _shown(value: Any, none: str) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _with_best(job: TuneJob, folder: StageFolder, best: Outcome) -> StageResult:
+def _with_best(job: TuneJob, sweep: Sweep, number: int, best: Outcome) -> StageResult:
     """Register the best trial's model, and write its configuration where one can train from it."""
-    winner = job.trial_job(best.values)
-    trial = folder.sibling(best.name)
+    folder, trial = sweep.folder, sweep.folder_of(number)
+    winner = sweep.jobs[number].model_copy(update={"resources": job.resources, "tracking": job.tracking})
     config = join(folder.url, "best.yaml")
     write_atomic(config, f"# {best}, of run {folder.run_name}.\n{dump_config(winner)}".encode())
     result = with_registration(train_stage(winner, trial), winner, trial)

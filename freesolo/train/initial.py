@@ -1,4 +1,7 @@
-"""Weights to start from, read once by the driver and handed to every worker through Ray's object store."""
+"""Weights to start from, read once by the driver and handed to every worker through Ray's object store.
+
+A run of several trainings keeps a copy of its own of what they start from.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import ray
 from torch import Tensor
 
+from freesolo.data.files import exists, write_atomic
 from freesolo.data.ingest import full_memory_told
 from freesolo.models.weights import read_state_dict
 from freesolo.settings import TrackingSettings
@@ -71,3 +75,22 @@ def read_initial_weights(
     with tempfile.TemporaryDirectory() as folder:
         resolved = resolve_weights(reference, Path(folder), server=resolve_server(tracking, storage))
         return InitialWeights(reference, read_state_dict(resolved.path, backbone=backbone))
+
+
+def keep_weights(reference: str | None, url: str, tracking: TrackingSettings, storage: str) -> str | None:
+    """Copy the weights that a reference names to `url`, unless they are there; returns it, and None for none.
+
+    All trainings that start from the copy start from the same, whatever an alias of the registry names meanwhile.
+
+    Raises:
+        UsageError, JobError: As `freesolo.registry.weights.resolve_weights`.
+    """
+    if reference is None:
+        return None
+    if not exists(url):
+        from freesolo.registry.weights import resolve_weights  # as above
+
+        with tempfile.TemporaryDirectory() as folder:
+            resolved = resolve_weights(reference, Path(folder), server=resolve_server(tracking, storage))
+            write_atomic(url, resolved.path.read_bytes())
+    return url

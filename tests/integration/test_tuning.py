@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -25,6 +29,8 @@ from freesolo.data.scenes import compose_scenes
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.errors import JobError, UsageError
 from freesolo.jobs import train_stage
+from freesolo.models.model_file import save_model
+from freesolo.solo.model import Segmenter
 from freesolo.stages import StageFolder
 from freesolo.tracking.journal import read_journal
 from freesolo.tracking.record import read_record
@@ -41,6 +47,7 @@ pytestmark = [
 # Nothing is learned with the first two, much with the last.
 RATES = [1.0e-7, 1.0e-6, 1.0e-5, 1.0e-3, 3.0e-3, 1.0e-2]
 
+OF_A_TRIAL = ("metrics.jsonl", "model.pt", "result.json", "stopped.json")
 ROOT = Path(__file__).parents[2]
 
 
@@ -159,6 +166,12 @@ def test_six_trainings_the_slow_learners_are_stopped_and_the_best_is_registered(
     assert alone.metrics["loss"] == last_loss(folder, best), "the same settings train the same model"
     assert tune_stage(job, folder) == result, "a finished sweep is not done again"
 
+    kept = [path for name in names for path in (Path(folder.sibling(name).url, file) for file in OF_A_TRIAL)]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in kept if path.exists()}
+    Path(folder.url, "result.json").unlink()
+    assert replace(tune_stage(job, folder), seconds=result.seconds) == result, "as if only its end had been lost"
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in kept if path.exists()} == before
+
 
 def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     """Two trials in turn; when the second has a checkpoint behind it, all of the job's processes are killed.
@@ -231,6 +244,70 @@ def test_a_trial_that_diverges_is_the_worst_and_where_all_do_the_sweep_says_why(
     job = tune_job(scenes, {"uri": "off"}, scheduler="median", space=space)
     with pytest.raises(JobError, match=r"none of 1 trials went to the end: step .* a loss is not finite"):
         tune_stage(job, StageFolder(str(tmp_path), "run", "tune"))
+
+
+def write_segmenter(path: Path, *, seed: int) -> bytes:
+    """A model file of random weights; returns what is in it."""
+    segmenter = Segmenter(small_solo())
+    segmenter.initialise(torch.Generator().manual_seed(seed))
+    save_model(
+        path, "segmenter", settings=small_solo().model_dump(), state_dict=dict(segmenter.state_dict()), lineage={}
+    )
+    return path.read_bytes()
+
+
+def kill_worker_of(trial: Path, killed: list[int]) -> None:
+    """When a trial has a checkpoint behind it, SIGKILL its train worker."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if list(trial.glob("checkpoints/step-*/learner.pt")):
+            for process in psutil.Process().children(recursive=True):  # of this test's own cluster
+                with suppress(psutil.NoSuchProcess):
+                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+            return
+        time.sleep(0.02)
+
+
+def test_a_trial_that_lost_its_worker_goes_on_and_one_that_diverges_has_failed(scenes: str, tmp_path: Path) -> None:
+    """Two trials in turn, of which the first diverges; in the second a worker is lost, where none may be.
+
+    What they start from is another file by the time that the sweep is submitted again, as if an alias had been moved.
+    """
+    start = tmp_path / "start.pt"
+    started_from = write_segmenter(start, seed=0)
+    space = {"train.optimizer.learning_rate": {"grid": [1.0e30, 1.0e-2]}}
+    job = tune_job(scenes, {"uri": "off"}, steps=20, scheduler="median", max_concurrent=1, space=space)
+    job = job.model_copy(
+        update={
+            "resources": job.resources.model_copy(update={"max_failures": 0}),
+            "train": job.train.model_copy(update={"initial_weights": str(start)}),
+        }
+    )
+    folder = StageFolder(str(tmp_path), "run", "tune")
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_worker_of, args=(Path(folder.sibling("trial-00001").url), killed))
+    killer.start()
+    lost = (
+        r"^1 of 2 trials did not come to their end, trial-00001 for one: .*worker 0: .*; run the same again to go on$"
+    )
+    with pytest.raises(JobError, match=lost):
+        tune_stage(job, folder)
+    killer.join()
+    assert killed
+    assert not Path(folder.url, "result.json").exists()
+
+    assert write_segmenter(start, seed=1) != started_from
+    result = tune_stage(job, folder)
+    assert result.outputs["trial"] == "trial-00001"
+    assert (result.counts["trials finished"], result.counts["trials failed"]) == (1, 1)
+    assert [entry.step for entry in read_journal(folder.sibling("trial-00001").url)] == list(range(1, 21))
+    best = load_config(TrainJob, result.outputs["config"]).train.initial_weights
+    for trial in ("trial-00000", "trial-00001"):
+        settings = json.loads(Path(folder.sibling(trial).url, "settings.json").read_text())
+        assert settings["train"]["initial_weights"] == best
+    assert Path(str(best)).read_bytes() == started_from
 
 
 def test_what_cannot_be_is_refused_before_anything_is_started(scenes: str, tmp_path: Path) -> None:
