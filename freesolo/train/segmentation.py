@@ -215,12 +215,7 @@ def _build(
         dataset_url=photos.url,
         manifest=photos.manifest,
         labels=labels,
-        view=SegmentationView(
-            settings.views,
-            settings.model.embedding_channels,
-            boxes_alone=SUPERVISIONS[settings.supervision].boxes_alone,
-            category_ids=tuple(category["id"] for category in _categories(job, manifest, labels)),
-        ),
+        view=segmentation_view(job, manifest, labels),
         collate=collate_photos,
         order=Order(
             tuple(shard.samples for shard in photos.manifest.shards),
@@ -239,6 +234,16 @@ def _build(
         optimizer=settings.optimizer,
         save_model=partial(_save_segmenter, job, manifest, labels),
         look=partial(_look, job),
+    )
+
+
+def segmentation_view(job: TrainJob, manifest: DatasetManifest, labels: LabelSet | None) -> SegmentationView:
+    """How a job's samples become rows; under a supervision of boxes alone masks are not even read."""
+    return SegmentationView(
+        job.train.views,
+        job.train.model.embedding_channels,
+        boxes_alone=SUPERVISIONS[job.train.supervision].boxes_alone,
+        category_ids=tuple(category["id"] for category in _categories(job, manifest, labels)),
     )
 
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from freesolo.config import TrainJob
 from freesolo.data.collate import collate_photos
 from freesolo.data.labels import ImageLabels, LabelledInstance
-from freesolo.data.shards import Sample
+from freesolo.data.shards import DatasetManifest, Sample
 from freesolo.data.views import SegmentationView
 from freesolo.ops.mask_storage import Rle
 from freesolo.ops.masks import boxes_xyxy, encode_rle
-from freesolo.settings import LossSettings, SegmentationViewSettings
+from freesolo.settings import LoopSettings, LossSettings, SegmentationViewSettings, SupervisionKind, TrainSettings
 from freesolo.solo.task import SoloTask
+from freesolo.train.segmentation import segmentation_view
 from freesolo.train.tasks import SoloTraining
 from freesolo.types import SegmentationBatch
 from tests.small import small_solo
@@ -82,11 +84,20 @@ def labels(mask_of: Callable[[tuple[float, float, float, float]], Rle], image: i
     )
 
 
+def view_of(supervision: SupervisionKind) -> SegmentationView:
+    """As a training with such a supervision has it."""
+    model = small_solo(embedding_channels=CHANNELS)
+    loop = LoopSettings(steps=1, batch_size=1)
+    train = TrainSettings(model=model, supervision=supervision, views=VIEWS, loop=loop)
+    manifest = DatasetManifest(format_version=1, shards=(), annotated=True, categories=(), skipped=())
+    return segmentation_view(TrainJob(dataset="photos", train=train), manifest, None)
+
+
 def batch(
-    mask_of: Callable[[tuple[float, float, float, float]], Rle], *, boxes_alone: bool = True
+    mask_of: Callable[[tuple[float, float, float, float]], Rle], supervision: SupervisionKind = "boxes"
 ) -> SegmentationBatch:
     """Two photos as a training's stream gives them."""
-    view = SegmentationView(VIEWS, CHANNELS, boxes_alone=boxes_alone)
+    view = view_of(supervision)
     rows = []
     for image in range(2):
         sample = Sample(str(image), photo(image), image, f"{image}.jpg", WIDTH, HEIGHT)
@@ -129,7 +140,7 @@ def test_scrambled_masks_change_nothing_from_the_label_to_the_gradients(
 def test_a_data_sets_own_masks_are_not_looked_at_either(
     scrambled: Callable[[tuple[float, float, float, float]], Rle],
 ) -> None:
-    view = SegmentationView(VIEWS, CHANNELS, boxes_alone=True)
+    view = view_of("boxes")
 
     def row(mask_of: Callable[[tuple[float, float, float, float]], Rle] | None) -> dict[str, object]:
         annotations = [
@@ -144,7 +155,7 @@ def test_a_data_sets_own_masks_are_not_looked_at_either(
 
 
 def test_with_masks_the_scrambling_would_be_noticed() -> None:
-    one, other = batch(ellipse, boxes_alone=False), batch(noise, boxes_alone=False)
+    one, other = batch(ellipse, "masks"), batch(noise, "masks")
     assert not torch.equal(one.instances.masks, other.instances.masks)
 
 
