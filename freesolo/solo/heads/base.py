@@ -8,6 +8,7 @@
 
 How a cell gets its mask is what tells the kinds of head apart: `solo`, `decoupled` and `solov2`, each a `Head` in a
 module of its own. Masks are never made for all L cells: `mask_logits` makes those that are asked for, at stride 4.
+# Deviation: SOLO's and decoupled SOLO's masks too are trained and found at stride 4; the paper's are at half a level's.
 """
 
 from __future__ import annotations

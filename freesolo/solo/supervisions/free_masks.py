@@ -39,8 +39,10 @@ def coarse_mask_losses(inputs: LossInputs, *, empty_images: EmptyImages) -> dict
     """The losses on masks that say where an object is, not its outline.
 
     Source: FreeSOLO (arXiv:2202.12181) sec. 3.2. Each mask and embedding term is averaged over the positives of a
-    level, then over the levels that have any. A positive's pairwise term is the mean over the pairs that it selects
-    (BoxInst's is the mean over all positives' pairs at once, where large objects count more).
+    level, then over the levels that have any.
+
+    # Deviation: a positive's pairwise term is the mean over the pairs that it selects; BoxInst's is the mean over all
+    positives' pairs at once, where large objects count more.
 
     Args:
         inputs: Its instances have embeddings, unless `settings.embedding` is 0. A term whose weight is 0 is neither
