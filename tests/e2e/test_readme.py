@@ -103,6 +103,18 @@ def test_each_command_is_run_somewhere() -> None:
         assert last_word in (ROOT / test).read_text(), f"{test} does not run `{start}`"
 
 
+def test_who_types_all_of_it_starts_no_run_again_with_another_job() -> None:
+    """Stages of one run may have one name for it; a job that makes several stages has its run to itself."""
+    jobs: dict[str, set[str]] = {}
+    for command in readme_commands():
+        if (words := shlex.split(command))[:1] == ["python"] and "--run-name" in words:
+            jobs.setdefault(words[words.index("--run-name") + 1], set()).add(Path(words[1]).stem)
+    stages = {"pretrain_densecl", "extract_free_masks", "train_solo", "predict", "evaluate"}
+    assert jobs["r50"] == stages
+    for name, those in jobs.items():
+        assert those <= stages or len(those) == 1, name
+
+
 def test_what_readme_says_that_jobs_say_they_say() -> None:
     source = "".join(path.read_text() for path in sorted((ROOT / "freesolo").rglob("*.py")))
     source = re.sub(r'"\n\s+f?"', "", source)  # a message may go over several lines
@@ -163,7 +175,7 @@ def test_the_stages_one_after_the_other_on_object_storage(
     assert report.startswith(b"<!doctype html>")
     assert results["fine_tune"]["metrics"]["FreeSOLO_at_50_percent/images"] == 2
 
-    assert cli.main(["deliver", f"{bucket}/runs/r"]) == 0
+    assert cli.main(["deliver", f"{bucket}/runs/r50"]) == 0
     delivered = capsys.readouterr().out.splitlines()
     assert len(delivered) == len(TINY) - 1  # all but fine-tuning, which is a run of its own
     assert all("records delivered" in line and ": all " in line for line in delivered), delivered
