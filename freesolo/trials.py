@@ -4,7 +4,8 @@
                             ▲                  │ at each checkpoint: the metric
                             └──────queue───────┘
 
-Tune only says who goes on. What a trial has done is in its own folder, and is read from there.
+Tune only says who goes on. What a trial has done is in its own folder, and is read from there. When the sweep shall
+stop, the driver says so on a board, which all trials look at.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.train import UserCallback
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
@@ -31,13 +34,15 @@ from ray.util.queue import Empty, Queue
 from freesolo.cluster import trainings_at_once
 from freesolo.config import TrainJob, TuneJob
 from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
-from freesolo.errors import JobError
+from freesolo.errors import JobError, StoppedError
 from freesolo.jobs import train_stage
 from freesolo.settings import TuneSettings
 from freesolo.space import Values
 from freesolo.stages import StageFolder
+from freesolo.termination import on_termination
 from freesolo.tracking.journal import read_journal
 from freesolo.train.control import TrainingControl
+from freesolo.train.steps_shown import StepBoard
 from freesolo.train.storage import checkpoint_storage
 
 STOP_SECONDS = 120.0
@@ -190,6 +195,8 @@ def run_trials(sweep: Sweep, settings: TuneSettings) -> dict[int, str]:
         Why some failed, by number.
 
     Raises:
+        StoppedError: SIGTERM came; the trainings under way were told to stop, and did.
+        KeyboardInterrupt: So did Ctrl-C, with the same.
         JobError: Some ended before their end for what may pass; the others were done first.
     """
     left = [number for number in range(len(sweep.jobs)) if not sweep.over(number)]
@@ -199,14 +206,16 @@ def run_trials(sweep: Sweep, settings: TuneSettings) -> dict[int, str]:
     numbers = left if settings.scheduler == "none" else list(range(len(sweep.jobs)))
     _LOG.info("%d trials, %d of them to be done, %d at once", len(sweep.jobs), len(left), sweep.at_once)
     storage, filesystem = checkpoint_storage(sweep.folder.url)
-    keeper = _Keeper(sweep)
-    for told_by_the_keeper in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis"):
-        logging.getLogger(told_by_the_keeper).setLevel(logging.CRITICAL)
+    board: Any = ray.remote(num_cpus=0)(StepBoard).remote()
+    keeper = _Keeper(sweep, board)
+    for no_news in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis", "ray.tune.utils.util"):
+        logging.getLogger(no_news).setLevel(logging.CRITICAL)
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # the keeper does, in a line
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the journals hold it all
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would cut trainings off, and stay
     tuner = tune.Tuner(
         # They only wait for their trainings, which have resources of their own. Tune wants some, so: a byte.
-        tune.with_resources(tune.with_parameters(Trial, sweep=sweep), {"memory": 1}),
+        tune.with_resources(tune.with_parameters(Trial, sweep=sweep, board=board), {"memory": 1}),
         param_space={"trial": tune.grid_search(numbers)},
         tune_config=tune.TuneConfig(
             metric="metric",
@@ -223,8 +232,17 @@ def run_trials(sweep: Sweep, settings: TuneSettings) -> dict[int, str]:
             verbose=0,
         ),
     )
-    with redirect_stdout(io.StringIO()):  # a job's only line there is its result; Tune prints whatever its verbosity
-        tuner.fit()
+    try:
+        # A job's only line on standard output is its result; Tune prints whatever its verbosity.
+        with redirect_stdout(io.StringIO()), on_termination(keeper.ask):
+            tuner.fit()
+        keeper.stop_if_asked()
+    except KeyboardInterrupt:
+        keeper.ask()
+        keeper.end_trainings()
+        raise
+    finally:
+        ray.kill(board)
     lost = [number for number in numbers if not sweep.over(number) and number not in keeper.failed]
     if lost:
         reason = keeper.lost.get(lost[0], "Tune was interrupted").removesuffix("; run the same again to go on")
@@ -252,21 +270,55 @@ def _scheduler(settings: TuneSettings, jobs: Sequence[TrainJob]) -> TrialSchedul
 class _Keeper(tune.Callback):
     """In the driver: writes down which trials were stopped early, and remembers why others ended before their end.
 
+    Asked to, it ends all trainings and the sweep.
+
     Attributes:
         failed: Those that would again.
         lost: Those that may go on.
     """
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: Sweep, board: Any) -> None:
         self._sweep = sweep
+        self._board = board
+        self._asked = False
+        self._trials: list[TuneTrial] = []
         self.failed: dict[int, str] = {}
         self.lost: dict[int, str] = {}
+
+    def ask(self) -> None:
+        """Have all trainings stop, and begin no other."""
+        self._asked = True
+        self._board.stop.remote()
+
+    def end_trainings(self) -> None:
+        """Wait until those that were asked have stopped."""
+        _end_trainings(self._trials)
+
+    def stop_if_asked(self) -> None:
+        """Stop if it was asked for.
+
+        Raises:
+            StoppedError: It was; the trainings have ended.
+        """
+        if self._asked:
+            self.end_trainings()
+            trials = range(len(self._sweep.jobs))
+            over = sum(map(self._sweep.over, trials))
+            raise StoppedError(
+                f"stopped with {over} of {len(trials)} trials done, as asked; run the same again to go on"
+            )
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        self._trials = trials
+        self.stop_if_asked()
 
     def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         number = trial.config["trial"]
         if not self._sweep.over(number):
             last = {"step": trial.last_result["step"], "metric": trial.last_result["metric"]}
             write_atomic(self._sweep.stopped_url(number), json.dumps(last).encode())
+            # Not when Tune does away with the trial: behind its last one it leaves it 10 s.
+            _end_trainings([trial])
         _LOG.info("%s", self._sweep.outcome(number, None))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
@@ -277,6 +329,13 @@ class _Keeper(tune.Callback):
         else:
             self.lost[number] = reason
             _LOG.warning("%s did not come to its end: %s", self._sweep.folder_of(number).stage, reason)
+
+
+def _end_trainings(trials: Sequence[TuneTrial]) -> None:
+    """Wait until the trainings of trials have stopped, each as soon as its trial is between two steps."""
+    actors = [trial.temporary_state.ray_actor for trial in trials if trial.status == TuneTrial.RUNNING]
+    stopped: list[Any] = [actor.stop_training.remote() for actor in actors if actor is not None]
+    ray.wait(stopped, num_returns=len(stopped), timeout=STOP_SECONDS)
 
 
 def _reason(kept: str) -> str:
@@ -294,13 +353,17 @@ class Trial(tune.Trainable):
     returns before Tune has asked for it.
     """
 
-    def setup(self, config: dict[str, Any], *, sweep: Sweep) -> None:  # type: ignore[override]  # with_parameters' way
+    def setup(  # type: ignore[override]  # with_parameters' way
+        self, config: dict[str, Any], *, sweep: Sweep, board: Any
+    ) -> None:
         """Begin with what the trial has reported before.
 
         Args:
             config: `trial`: its number.
             sweep: What it is one of.
+            board: Where the driver says that all shall stop.
         """
+        self._stop_wanted = board.stop_wanted.remote()
         self._sweep, self._number = sweep, config["trial"]
         self._last_step = sweep.jobs[self._number].train.loop.steps
         self._known = deque(sweep.told(self._number))
@@ -319,11 +382,13 @@ class Trial(tune.Trainable):
             `step` and `metric`; with `done` where no more will come.
 
         Raises:
+            StoppedError: The sweep shall stop; its training has.
             UsageError, JobError: As `train_stage`.
         """
         if self._known:
             return self._tell(self._known.popleft())
         if not self._sweep.over(self._number):
+            self._stop_if_wanted()
             if not self._thread.ident:
                 self._thread.start()
             running = True
@@ -332,11 +397,12 @@ class Trial(tune.Trainable):
                 report = self._next_report()
                 if report is not None:
                     return self._tell(report)
+                self._stop_if_wanted()
             if self._error is not None:
                 raise self._error
         return {**(self._sweep.stopped(self._number) or self._sweep.reports(self._number)[-1]), "done": True}
 
-    def cleanup(self) -> None:
+    def stop_training(self) -> None:
         """Stop the training if it is under way, in good order: it saves, tells MLflow, and gives its workers back."""
         with self._lock:
             self._stopping = True
@@ -344,7 +410,25 @@ class Trial(tune.Trainable):
                 self._ask()
         if self._thread.ident:
             self._thread.join(STOP_SECONDS)
+
+    def cleanup(self) -> None:
+        """Tune's, when it does away with the trial."""
+        self.stop_training()
         self._queue.shutdown(force=True)
+
+    def _stop_if_wanted(self) -> None:
+        """Stop if the driver wants all to.
+
+        Raises:
+            StoppedError: It does.
+        """
+        (told, _) = ray.wait([self._stop_wanted], timeout=0)
+        if not told:
+            return
+        with suppress(RayError):  # a board that was lost with its node tells nothing
+            ray.get(self._stop_wanted)
+            self.stop_training()
+            raise StoppedError("stopped, as asked; run the same again to go on")
 
     def _tell(self, report: dict[str, Any]) -> dict[str, Any]:
         self._told = report["step"]

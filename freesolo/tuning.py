@@ -160,7 +160,7 @@ def best_of(outcomes: Sequence[Outcome], mode: Literal["min", "max"], *, held_ou
     finished = [outcome for outcome in outcomes if outcome.state == "finished" and outcome.metric is not None]
     if not finished:
         reason = next((outcome.reason for outcome in outcomes if outcome.reason), "all were stopped early")
-        raise JobError(f"none of {len(outcomes)} trials went to the end: {reason}; run the same again to go on")
+        raise JobError(f"none of {len(outcomes)} trials went to the end: {reason}; give tune.space other values")
     if held_out:
         return max(finished, key=lambda outcome: -1.0 if outcome.held_out is None else outcome.held_out)
     pick = min if mode == "min" else max

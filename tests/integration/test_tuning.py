@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import ray
 import torch
 from mlflow import MlflowClient
 from PIL import Image
+from ray import tune
 
 from freesolo.config import TrainJob, TuneJob, dump_config, load_config, parse_config
 from freesolo.data.files import join
@@ -34,6 +36,7 @@ from freesolo.solo.model import Segmenter
 from freesolo.stages import StageFolder
 from freesolo.tracking.journal import read_journal
 from freesolo.tracking.record import read_record
+from freesolo.trials import Sweep, run_trials
 from freesolo.tuning import tune_stage
 from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 from tests.small import small_solo
@@ -184,25 +187,11 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(tmp_path: Path
     space = {"train.losses.dice": {"grid": [0.0, 3.0]}}
     settings = {"scheduler": "none", "max_concurrent": 1, "evaluation_metric": "segm/AR100"}
     job = tune_job(plates, {"uri": "off"}, space=space, steps=8, held_out=held_out, **settings)
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     folder = StageFolder(str(tmp_path), "run", "tune")
     trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(2)]
-    (tmp_path / "sweep.yaml").write_text(dump_config(job))
-    arguments = ["--config", str(tmp_path / "sweep.yaml"), "--run-name", "run", "--storage", str(tmp_path)]
-    with (tmp_path / "killed.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "jobs/tune_solo.py", *arguments],
-            env=environment | {"PYTHONPATH": str(ROOT)},
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    with submitted(job, folder) as (process, log):
         try:
-            deadline = time.monotonic() + 300
-            while not list(trials[1].glob("checkpoints/step-*/learner.pt")):
-                assert process.poll() is None, (tmp_path / "killed.log").read_text()[-4000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_for_checkpoints(trials[1:], process, log, step=2)
         finally:
             kill_all(process)
     assert [(trial / "result.json").exists() for trial in trials] == [True, False], "killed in the middle"
@@ -228,6 +217,40 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_ends_the_same(tmp_path: Path
     assert last_loss(undisturbed, "solo") == last_loss(folder, trials[1].name), "the trial that was killed"
 
 
+@contextmanager
+def submitted(
+    job: TuneJob, folder: StageFolder, *, address: str = ""
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """`jobs/tune_solo.py` in another process, and where its output goes; without an address it has a Ray of its own."""
+    config, log = Path(folder.storage, "sweep.yaml"), Path(folder.storage, "job.log")
+    config.write_text(dump_config(job))
+    arguments = ["--config", str(config), "--run-name", folder.run_name, "--storage", folder.storage]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            # SIGINT is ignored by what a shell starts in the background, these tests for one.
+            ["env", "--default-signal=INT", sys.executable, "jobs/tune_solo.py", *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": address},
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        yield process, log
+
+
+def newest_checkpoint(trial: Path) -> int:
+    """The step of a trial's newest; 0: it has none."""
+    return max((int(path.parent.name[5:13]) for path in trial.glob("checkpoints/step-*/learner.pt")), default=0)
+
+
+def wait_for_checkpoints(trials: Sequence[Path], process: subprocess.Popen[bytes], log: Path, *, step: int) -> None:
+    """Until each of the trials has one of a step, or of a later one."""
+    deadline = time.monotonic() + 300
+    while min(map(newest_checkpoint, trials)) < step:
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def kill_all(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL a process and all that it started."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -239,11 +262,84 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     process.wait(30)
 
 
+def test_a_signal_has_the_trainings_of_a_sweep_saved_and_the_same_again_goes_on(scenes: str, tmp_path: Path) -> None:
+    """Three trials, two at once: SIGTERM, and the same again until Ctrl-C."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    rates = {"train.optimizer.learning_rate": {"grid": [1.0e-3, 3.0e-3, 1.0e-2]}}
+    job = tune_job(scenes, {"uri": uri}, steps=1000, scheduler="none", max_concurrent=2, space=rates)
+    loop = job.train.loop.model_copy(update={"checkpoint_every": 20})
+    job = job.model_copy(update={"train": job.train.model_copy(update={"loop": loop})})
+    folder = StageFolder(str(tmp_path), "run", "tune")
+    trials = [Path(tmp_path, "run", f"trial-{number:05d}") for number in range(3)]
+    stopped_at = [0, 0]
+    for number, code, said in (
+        (signal.SIGTERM, 143, "stopped with 0 of 3 trials done, as asked; run the same again to go on"),
+        (signal.SIGINT, 130, "interrupted; run the same again to go on"),
+    ):
+        with submitted(job, folder, address=ray.get_runtime_context().gcs_address) as (process, log):
+            try:
+                wait_for_checkpoints(trials[:2], process, log, step=max(stopped_at) + 20)
+                process.send_signal(number)
+                assert process.wait(120) == code, log.read_text()[-4000:]
+            finally:
+                if process.poll() is None:
+                    kill_all(process)
+        assert f"error: {said}" in log.read_text()
+        client = MlflowClient(uri)
+        for trial in trials[:2]:
+            steps = [entry.step for entry in read_journal(str(trial))]
+            assert steps == list(range(1, len(steps) + 1))
+            assert newest_checkpoint(trial) == len(steps), "what was done since the last checkpoint is not lost"
+            assert not list((trial / ".lease").glob("*.json")), "nobody has to wait"
+            record = read_record(str(trial))
+            assert record is not None
+            assert client.get_run(str(record.run_id)).info.status == "KILLED"
+        stopped_at = [newest_checkpoint(trial) for trial in trials[:2]]
+        assert not trials[2].exists()
+        assert not Path(folder.url, "result.json").exists()
+
+
 def test_a_trial_that_diverges_is_the_worst_and_where_all_do_the_sweep_says_why(scenes: str, tmp_path: Path) -> None:
     space = {"train.optimizer.learning_rate": {"grid": [1.0e30]}}
     job = tune_job(scenes, {"uri": "off"}, scheduler="median", space=space)
     with pytest.raises(JobError, match=r"none of 1 trials went to the end: step .* a loss is not finite"):
         tune_stage(job, StageFolder(str(tmp_path), "run", "tune"))
+
+
+def test_a_trial_that_is_stopped_at_the_end_of_a_sweep_has_the_time_it_takes(
+    scenes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trials in turn, the second is stopped at its first report, and takes longer than Tune's patience of 10 s."""
+
+    class SlowToStop(tune.Trainable):
+        def setup(self, config: dict[str, Any], *, sweep: Sweep, board: Any) -> None:  # type: ignore[override]
+            self._number, self._folder = config["trial"], Path(sweep.folder_of(config["trial"]).url)
+            self._folder.mkdir(parents=True)
+            self._steps = 0
+
+        def step(self) -> dict[str, Any]:
+            self._steps += 2
+            if self._steps == 8:
+                (self._folder / "result.json").touch()
+            return {"step": self._steps, "metric": float(self._number), "done": self._steps == 8}
+
+        def stop_training(self) -> None:
+            time.sleep(20)
+            (self._folder / "saved").touch()
+
+        def cleanup(self) -> None:
+            if self._steps < 8 and not (self._folder / "saved").exists():
+                self.stop_training()
+
+    monkeypatch.setattr("freesolo.trials.Trial", SlowToStop)
+    job = tune_job(scenes, {"uri": "off"}, steps=8, scheduler="asha", reduction_factor=2.0)
+    sweep = Sweep(StageFolder(str(tmp_path), "run", "tune"), "loss", ({}, {}), (job, job), at_once=1)
+    before = signal.getsignal(signal.SIGINT)
+    assert run_trials(sweep, job.tune) == {}
+    assert sweep.finished(0)
+    assert sweep.stopped(1) == {"step": 2, "metric": 1.0}
+    assert Path(sweep.folder_of(1).url, "saved").exists()
+    assert signal.getsignal(signal.SIGINT) is before, "Tune's handler does not stay"
 
 
 def write_segmenter(path: Path, *, seed: int) -> bytes:
