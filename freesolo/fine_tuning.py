@@ -6,30 +6,36 @@
 
 After FreeSOLO (arXiv:2202.12181), sec. 4.2. All trainings of a fraction see the same photos, and all are evaluated on
 the same others. Each training is a stage of the run, so submitting the run again does what is not done yet. The starts'
-weights are copied into the run first: an alias of the registry that moves meanwhile changes nothing.
+weights are copied into the run first, and beside each copy is written what it is of: when an alias of the registry
+moves meanwhile, or the original is deleted, that changes nothing.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare, gallery
 from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder, training_name
-from freesolo.data.files import join
+from freesolo.data.files import exists, join, read_bytes, write_atomic
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.data.subset import Subset, SubsetSource, finished_subset, part_of
 from freesolo.evaluation import Metrics
 from freesolo.jobs import predict_stage, show_comparison, tell_dataset, train_stage, witnessed
+from freesolo.registry.weights import resolve_weights
 from freesolo.report.records import Trend
 from freesolo.run_report import write_report
 from freesolo.settings import TrainSettings
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking.journal import Journal
+from freesolo.tracking.server import resolve_server
 from freesolo.tracking.witness import Witness
 from freesolo.train.initial import keep_weights
 from freesolo.train.segmentation import labels_url, segmenter_inputs
@@ -40,6 +46,46 @@ _SUMMARY = (
     "the annotated photos, beginning with {starts}. Every fraction has each category's share of photos, a larger one "
     "contains the smaller ones, and all models are evaluated on the same other photos."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What a start's weights were when they were looked at, before they were copied.
+
+    Attributes:
+        weights: As the job names them.
+        sha256: Of the file, in hexadecimal.
+        name: Of the registered model; None where they are not from the registry.
+        version: Of the registered model; None where they are not from the registry.
+    """
+
+    weights: str
+    sha256: str
+    name: str | None
+    version: str | None
+
+    @property
+    def pinned(self) -> str:
+        """What they are called where no alias may move."""
+        return self.weights if self.version is None else f"models:/{self.name}/{self.version}"
+
+    def __str__(self) -> str:
+        """For people."""
+        which = "" if self.version is None else f" (version {self.version})"
+        return f"{self.weights}{which}, sha256 {self.sha256}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What the trainings start from.
+
+    Attributes:
+        subsets: The fractions of the labels that are not written yet.
+        origins: Of the starts that are not copied yet.
+    """
+
+    subsets: list[Subset]
+    origins: dict[str, _Origin]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +115,16 @@ class _Trained:
 def fine_tune_stage(job: FineTuneJob, folder: StageFolder) -> StageResult:
     """Train from each start with each fraction of the labels, evaluate all, and plot AP against fraction."""
 
-    def work(subsets: Sequence[Subset]) -> StageResult:
+    def work(inputs: _Inputs) -> StageResult:
         started = time.monotonic()
         connect(job.resources)
         with witnessed(job, folder, None) as (witness, journal):
             tell_dataset(witness, job.dataset)
-            for subset in subsets:
+            for subset in inputs.subsets:
                 write_subset_on_cluster(subset, labels_url(folder, subset.source), bounds=job.bounds)
             starts = {
-                name: keep_weights(
-                    reference, join(folder.url, "starts", f"{start_folder(name)}.pt"), job.tracking, folder.storage
-                )
-                for name, reference in job.starts.items()
+                name: keep_weights(reference, _copy_url(folder, name), job.tracking, folder.storage)
+                for name, reference in _pin_starts(job, folder, inputs.origins).items()
             }
             trained = [
                 _train(job, folder, start, weights, fraction)
@@ -93,24 +137,61 @@ def fine_tune_stage(job: FineTuneJob, folder: StageFolder) -> StageResult:
     return run_stage(folder, what_is_made(job), partial(_prepare, job, folder), work)
 
 
-def _prepare(job: FineTuneJob, folder: StageFolder) -> list[Subset]:
+def _prepare(job: FineTuneJob, folder: StageFolder) -> _Inputs:
     """Refuse at the start what a later stage would refuse hours later; no GPU is taken for it.
-
-    Returns:
-        The fractions of the labels that are not written yet.
 
     Raises:
         UsageError: Data sets or starts do not fit, or a fraction leaves a category without an object.
     """
     manifest = read_dataset_manifest(job.dataset)
     check_held_out(job.evaluation_dataset, manifest, num_categories=job.train.model.num_categories)
+    origins: dict[str, _Origin] = {}
     for start, weights in job.starts.items():
-        segmenter_inputs(_train_job(job, start, weights, 1.0), folder.storage)
+        begun_with = weights
+        if weights is not None and exists(_copy_url(folder, start)):
+            begun_with = _copy_url(folder, start)
+        elif weights is not None:
+            origins[start] = _origin(job, folder, weights)
+            begun_with = origins[start].pinned
+        segmenter_inputs(_train_job(job, start, begun_with, 1.0), folder.storage)
     sources = [SubsetSource(manifest.digest, part, job.label_seed) for part in job.fractions if part < 1]
     missing = [source for source in sources if not finished_subset(labels_url(folder, source), source)]
     if missing:
         connect(job.resources)
-    return choose_subsets_on_cluster(job.dataset, manifest, missing, bounds=job.bounds)
+    return _Inputs(choose_subsets_on_cluster(job.dataset, manifest, missing, bounds=job.bounds), origins)
+
+
+def _origin(job: FineTuneJob, folder: StageFolder, weights: str) -> _Origin:
+    """What weights are now."""
+    with tempfile.TemporaryDirectory() as local:
+        found = resolve_weights(weights, Path(local), server=resolve_server(job.tracking, folder.storage))
+        return _Origin(weights, found.sha256, found.name, found.version)
+
+
+def _pin_starts(job: FineTuneJob, folder: StageFolder, origins: Mapping[str, _Origin]) -> dict[str, str | None]:
+    """Write what is about to be copied beside where it goes.
+
+    Returns:
+        All starts, those that are not copied yet by their very versions.
+    """
+    for start, origin in origins.items():
+        if not exists(_copy_url(folder, start)):  # by who held the lease just now
+            write_atomic(_origin_url(folder, start), json.dumps(asdict(origin), indent=1).encode())
+    return job.starts | {start: origin.pinned for start, origin in origins.items()}
+
+
+def _copy_url(folder: StageFolder, start: str) -> str:
+    return join(folder.url, "starts", f"{start_folder(start)}.pt")
+
+
+def _origin_url(folder: StageFolder, start: str) -> str:
+    return join(folder.url, "starts", f"{start_folder(start)}.json")
+
+
+def _told_start(job: FineTuneJob, folder: StageFolder, start: str) -> str:
+    """What a start was, for people; of a copy of before that was written down, what the job calls it."""
+    url = _origin_url(folder, start)
+    return str(_Origin(**json.loads(read_bytes(url)))) if exists(url) else job.starts[start] or "random weights"
 
 
 def _train(job: FineTuneJob, folder: StageFolder, start: str, weights: str | None, fraction: float) -> _Trained:
@@ -185,7 +266,7 @@ def _report(
         provenance={
             "Data set": f"{job.dataset}, {read_dataset_manifest(job.dataset).digest}",
             "Photos trained on": "\n".join(f"{part}: {count}" for part, count in photos.items()),
-            "Starts": "\n".join(f"{name}: {weights or 'random weights'}" for name, weights in job.starts.items()),
+            "Starts": "\n".join(f"{name}: {_told_start(job, folder, name)}" for name in job.starts),
             "Evaluated on": f"{job.evaluation_dataset}, {comparison.dataset_digest}",
             "Registered": ", ".join(registered.values()) or "nothing: tracking.registered_model is not set",
         },

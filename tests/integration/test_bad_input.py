@@ -322,6 +322,18 @@ CASES = {
         2,
         ("rows.pairless", "train.losses.pairs: no such setting", "did you mean train.losses.pairwise?"),
     ),
+    "row that sets the seed's section": Case(
+        job(
+            "run_ablations", "configs/ablations/smoke.yaml", 'rows.pairless={{"train":{{"losses":{{"pairwise":0.0}}}}}}'
+        ),
+        2,
+        ("rows.pairless", "train: holds the seed, train.loop.seed", "set what is inside of it"),
+    ),
+    "row that changes nothing": Case(
+        job("run_ablations", "configs/ablations/smoke.yaml", 'rows.patient={{"train.stream.max_bad_samples":0.5}}'),
+        2,
+        ("rows.patient: is the same as base", "what is forgiven changes no result", "set something that is run"),
+    ),
     "groups of channels": Case(
         train("train.model.head.tower_channels=48"), 2, ("train.model.head: tower_channels=48", "not divisible by 32")
     ),

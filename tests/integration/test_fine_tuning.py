@@ -20,10 +20,14 @@ from freesolo.data.shards import read_dataset_manifest, read_shard
 from freesolo.errors import JobError, UsageError
 from freesolo.fine_tuning import fine_tune_stage
 from freesolo.jobs import predict_stage, train_stage
+from freesolo.models.download import sha256_of_file
 from freesolo.models.model_file import load_model, save_model
+from freesolo.registry.versions import register_segmenter
+from freesolo.settings import TrackingSettings
 from freesolo.solo.model import Segmenter
 from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.journal import read_journal
+from freesolo.tracking.server import resolve_server
 from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 
 ROOT = Path(__file__).parents[2]
@@ -57,14 +61,17 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
     return two_categories(tmp_path_factory.mktemp("held-out"), 4, seed=1)
 
 
+def untrained(path: Path, seed: int) -> Path:
+    """A segmenter of the smoke configuration's architecture, with the weights that chance gave it."""
+    model = load_config(FineTuneJob, ROOT / "configs/fine_tune/smoke.yaml").train.model
+    segmenter = Segmenter(model).initialise(torch.Generator().manual_seed(seed))
+    save_model(path, "segmenter", model.model_dump(), segmenter.state_dict(), {})
+    return path
+
+
 @pytest.fixture(scope="module")
 def freesolo_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Class-agnostic, with the weights that chance gave it."""
-    model = load_config(FineTuneJob, ROOT / "configs/fine_tune/smoke.yaml").train.model
-    path = tmp_path_factory.mktemp("model") / "freesolo.pt"
-    segmenter = Segmenter(model).initialise(torch.Generator().manual_seed(7))
-    save_model(path, "segmenter", model.model_dump(), segmenter.state_dict(), {})
-    return str(path)
+    return str(untrained(tmp_path_factory.mktemp("model") / "freesolo.pt", seed=7))
 
 
 def job_of(labelled: str, held_out: str, *overrides: str) -> FineTuneJob:
@@ -129,6 +136,44 @@ def ends_at_the_second(stage: Callable[..., StageResult]) -> Callable[..., Stage
     return ends
 
 
+def test_a_run_that_was_begun_needs_its_starts_no_more(
+    labelled: str, held_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied are the very versions that were looked at; then the alias moves, and the file is deleted."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server = resolve_server(TrackingSettings(), str(tmp_path))
+    assert server is not None
+    first, second, file = [untrained(tmp_path / f"{seed}.pt", seed) for seed in range(3)]
+    register_segmenter(first, "solo", server, experiment="freesolo")
+    starts = f"starts={{Free SOLO: models:/solo@candidate, file: {file}, nothing: null}}"
+    job, folder = job_of(labelled, held_out, starts, "fractions=[1.0]"), StageFolder(str(tmp_path), "run", "labels")
+    sha256 = {name: sha256_of_file(path) for name, path in {"free-solo": first, "file": file}.items()}
+
+    def alias_moves(_: object) -> None:
+        register_segmenter(second, "solo", server, experiment="freesolo")
+
+    def ends(*_: object) -> StageResult:
+        raise JobError("the end")
+
+    monkeypatch.setattr("freesolo.fine_tuning.connect", alias_moves)  # after the look and before the copies
+    monkeypatch.setattr("freesolo.fine_tuning.train_stage", ends)
+    for _ in range(2):
+        with pytest.raises(JobError, match="the end"):
+            fine_tune_stage(job, folder)
+        kept = Path(folder.url, "starts")
+        assert {path.stem: sha256_of_file(path) for path in kept.glob("*.pt")} == sha256
+        assert {path.stem: json.loads(path.read_text()) for path in kept.glob("*.json")} == {
+            "free-solo": {
+                "weights": "models:/solo@candidate",
+                "sha256": sha256["free-solo"],
+                "name": "solo",
+                "version": "1",
+            },
+            "file": {"weights": str(file), "sha256": sha256["file"], "name": None, "version": None},
+        }
+        file.unlink(missing_ok=True)
+
+
 def test_starts_and_fractions_side_by_side(
     labelled: str, held_out: str, freesolo_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +195,20 @@ def test_starts_and_fractions_side_by_side(
         assert result.metrics[f"{name}/images".replace(" ", "_")] == 4
     assert fine_tune_stage(job, folder) == result
 
+    asked = {
+        path.parent.name: json.loads(path.read_text()) for path in Path(folder.run_url).glob("train-*/settings.json")
+    }
+    copy = join(folder.url, "starts", "freesolo.pt")
+    assert {name: one["train"]["initial_weights"] for name, one in asked.items()} == {
+        "train-freesolo-0.25": copy,
+        "train-freesolo-1.0": copy,
+        "train-nothing-0.25": None,
+        "train-nothing-1.0": None,
+    }
+    kept, given = [load_model(Path(path), "segmenter").state_dict for path in (copy, freesolo_model)]
+    assert kept.keys() == given.keys()
+    assert all(torch.equal(kept[name], given[name]) for name in given)
+
     subset = join(folder.run_url, f"labelled-{read_dataset_manifest(labelled).digest[:8]}-0.25-seed-0")
     assert len(ids_of(subset)) == 4
     steps = {
@@ -163,6 +222,8 @@ def test_starts_and_fractions_side_by_side(
         "Mask AP, %",
         "AP by category, %",
         "% of the labels",
+        f"FreeSOLO: {freesolo_model}, sha256 {sha256_of_file(Path(freesolo_model))}",
+        "nothing: random weights",
         "25% of the labels: 4",
         "100% of the labels: 16",
     ):
