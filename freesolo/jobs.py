@@ -14,7 +14,7 @@ from typing import Literal
 
 from freesolo.cluster import connect
 from freesolo.comparison import Comparison, as_table, check_comparable, compare
-from freesolo.config import EvaluateJob, ExtractJob, Job, PackJob, PredictJob, PretrainJob, TrainJob
+from freesolo.config import EvaluateJob, ExtractJob, Job, PackJob, PredictJob, PretrainJob, TrainJob, metric_name
 from freesolo.data.files import read_bytes
 from freesolo.data.ingest import pack_on_cluster
 from freesolo.data.pack import ShardTask, plan_shards
@@ -187,7 +187,7 @@ def show_comparison(comparison: Comparison, witness: Witness, journal: Journal) 
         The metrics; None where nothing could be measured.
     """
     metrics = {
-        f"{name}/{metric}".replace(" ", "_"): value
+        f"{metric_name(name)}/{metric}": value
         for name, row in comparison.rows.items()
         for metric, value in row.as_dict().items()
     }

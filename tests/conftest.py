@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import ray
 from s3fs import S3FileSystem
@@ -13,6 +14,10 @@ from s3fs import S3FileSystem
 from freesolo.cluster import OWN_CLUSTER
 from tests.faults import FaultyProxy
 from tests.servers import S3Server
+
+# How long an example takes on these machines says nothing.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

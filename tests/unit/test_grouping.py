@@ -77,7 +77,7 @@ def test_fewer_than_one_group_is_refused() -> None:
         group_embeddings(towards(0), 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 40), st.integers(1, 6), st.integers(1, 12), st.integers(0, 2**32 - 1), st.booleans())
 def test_every_object_is_in_one_group_and_a_seed_says_which(
     objects: int, channels: int, groups: int, seed: int, few_values: bool

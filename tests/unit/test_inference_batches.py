@@ -69,7 +69,7 @@ def test_a_divisor_puts_almost_equal_sizes_together() -> None:
     assert indices(group_by_extent(photos, replace(PLAN, size_divisor=32))) == [[0, 1, 2]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sides=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=80),
     batch_size=st.integers(1, 5),

@@ -257,7 +257,7 @@ ALPHABET = strategies.integers(48, 111) | strategies.integers(48, 52) | strategi
 
 
 @given(strategies.lists(strategies.lists(ALPHABET, max_size=8).map(bytes), max_size=4), strategies.integers(0, 30))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_run_lengths_are_judged_as_letter_by_letter(texts, pixels):
     judged = [runs_by_the_letter(text) for text in texts]
     if all(runs is not None and sum(runs) == pixels for runs in judged):
@@ -268,7 +268,7 @@ def test_run_lengths_are_judged_as_letter_by_letter(texts, pixels):
 
 
 @given(strategies.integers(1, 40), strategies.integers(1, 40), strategies.integers(0, 2**32 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_mask_is_taken(height, width, seed):
     drawn = np.random.default_rng(seed)
     masks = torch.from_numpy(drawn.random((3, height, width)) < drawn.random())

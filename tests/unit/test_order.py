@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from freesolo.data.order import Order, Span, StreamState, advance, seen_at_most, take_pass, worker_spans
@@ -81,7 +81,6 @@ def test_resumed_equals_uninterrupted_with_the_same_workers() -> None:
         assert [a + b for a, b in zip(head, tail, strict=True)] == whole
 
 
-@settings(deadline=None)
 @given(
     shards=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     legs=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([1, 2, 3, 4, 6])), max_size=6),

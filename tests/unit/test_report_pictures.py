@@ -84,7 +84,7 @@ def test_a_hole_is_a_polygon_of_its_own() -> None:
     assert outline_path(ring) == "M0 0h5v5h-5zM2 2h1v1h-1z"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(hnp.arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_filling_the_outline_gives_the_mask_back(mask: np.ndarray) -> None:
     assert np.array_equal(filled(outline_path(mask), *mask.shape), mask)
