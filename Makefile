@@ -74,8 +74,8 @@ test: $(READY) chromium  ## The tests (about 20 minutes on 2 cores)
 	@echo "test: about 20 minutes on 2 cores"
 	$(BIN)/python -m pytest $(QUICK) --durations=25
 
-test-sweeps: $(READY)  ## Many trainings each: sweeps, ablations, fine-tuning (about 15 minutes on 2 cores)
-	@echo "test-sweeps: about 15 minutes on 2 cores"
+test-sweeps: $(READY)  ## Many trainings each: sweeps, ablations, fine-tuning (about 20 minutes on 2 cores)
+	@echo "test-sweeps: about 20 minutes on 2 cores"
 	$(BIN)/python -m pytest -m sweeps -n 2 --dist loadfile --durations=10
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)

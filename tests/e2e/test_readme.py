@@ -35,7 +35,7 @@ RUN_ELSEWHERE = {
     "freesolo pack": "Makefile",
     "python jobs/run_pipeline.py": "tests/e2e/test_pipeline.py",
     "python jobs/run_ablations.py": "tests/integration/test_ablations.py",
-    "python jobs/tune_solo.py": "tests/integration/test_tuning.py",
+    "python jobs/tune_solo.py": "tests/integration/test_tuning_interrupted.py",
     "freesolo predict": "tests/e2e/test_pipeline.py",
     "freesolo inspect": "tests/e2e/test_pipeline.py",
     "freesolo export coco": "tests/e2e/test_pipeline.py",
