@@ -16,7 +16,7 @@ from freesolo.densecl.model import DenseCL
 from freesolo.freemask.algorithm import free_masks
 from freesolo.inference.segment import SegmentPhotos
 from freesolo.ops.affinity import colour_similarity
-from freesolo.ops.masks import boxes_xywh, centre_of_mass, encode_rle, mask_iou, resize_masks_soft
+from freesolo.ops.masks import Projections, boxes_xywh, encode_rle, mask_iou, resize_masks_soft
 from freesolo.ops.nms import matrix_nms, point_nms
 from freesolo.settings import (
     DenseCLModelSettings,
@@ -116,7 +116,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "point_nms": (point_nms, (torch.rand(2, 3, 12, 12, generator=generator()),)),
     "mask_iou": (lambda one: mask_iou(one, one), (masks(),)),
     "boxes_xywh": (boxes_xywh, (masks(),)),
-    "centre_of_mass": (centre_of_mass, (masks(),)),
+    "centres_of_mass": (lambda masks: Projections.of(masks).centres_of_mass(), (masks(),)),
     "resize_masks_soft": (lambda one: resize_masks_soft(one, 37, 55), (torch.rand(4, 20, 30, generator=generator()),)),
     "colour_similarity": (
         lambda pixels, valid: colour_similarity(pixels, valid, stride=4),
