@@ -76,9 +76,9 @@ test: $(READY) chromium  ## The tests (about 25 minutes on 2 cores)
 
 test-sweeps: $(READY)  ## Many trainings each: sweeps, ablations, fine-tuning (about 20 minutes on 2 cores)
 	@echo "test-sweeps: about 20 minutes on 2 cores"
-	$(BIN)/python -m pytest -m sweeps -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -m "sweeps and not slow" -n 2 --dist loadfile --durations=10
 
-test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos (about 10 minutes)
+test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos, signals (about 45 minutes)
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" --timeout=3600 --durations=10
 
 chaos: $(READY)  ## Jobs while things break, for build/chaos (its parts take about an hour together; root for hosts and disks)

@@ -159,6 +159,7 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     process.wait(30)
 
 
+@pytest.mark.slow
 def test_a_signal_has_the_trainings_of_a_sweep_saved_and_the_same_again_goes_on(scenes: str, tmp_path: Path) -> None:
     """Two trials, one after the other: SIGTERM, and the same again until Ctrl-C."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -255,6 +256,7 @@ def kill_worker_of(trial: Path, killed: list[int]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_trial_that_lost_its_worker_goes_on_and_one_that_diverges_has_failed(scenes: str, tmp_path: Path) -> None:
     """Two trials in turn, of which the first diverges; in the second a worker is lost, where none may be.
 
