@@ -26,15 +26,15 @@ from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare
 from freesolo.config import PredictJob, TuneJob, dump_config
 from freesolo.data.files import join, write_atomic
-from freesolo.data.ingest import write_subset_on_cluster
-from freesolo.data.subset import Subset
+from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
+from freesolo.data.shards import DatasetManifest
+from freesolo.data.subset import Subset, SubsetSource
 from freesolo.errors import JobError
 from freesolo.jobs import (
     predict_stage,
     show_comparison,
     tell_dataset,
     train_stage,
-    training_inputs,
     with_registration,
     witnessed,
 )
@@ -42,7 +42,7 @@ from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import Witness
 from freesolo.train.initial import keep_weights
-from freesolo.train.segmentation import labels_url
+from freesolo.train.segmentation import labels_url, missing_labels, segmenter_inputs
 from freesolo.trials import Outcome, Sweep, run_trials
 
 _LOG = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _prepare(job: TuneJob, folder: StageFolder) -> list[Subset]:
         The fractions of the labels that are not written yet.
 
     Raises:
-        UsageError, JobError: As `training_inputs`.
+        UsageError, JobError: As `segmenter_inputs` and `choose_subsets_on_cluster`.
     """
     different = {}
     for values in job.trials():
@@ -100,11 +100,21 @@ def _prepare(job: TuneJob, folder: StageFolder) -> list[Subset]:
             | {"train": {"model", "initial_weights"}}
         )
         different[starts_from] = trial
-    inputs = [training_inputs(trial, folder) for trial in different.values()]
-    if job.evaluation_dataset is not None:
-        for trial, one in zip(different.values(), inputs, strict=True):
-            check_held_out(job.evaluation_dataset, one.manifest, num_categories=trial.train.model.num_categories)
-    return [one.subset for one in inputs if one.subset is not None]
+    manifests: dict[str, DatasetManifest] = {}
+    missing: dict[str, dict[SubsetSource, None]] = {}  # by data set, each of which is read once for all
+    for trial in different.values():
+        manifest = manifests[trial.dataset] = segmenter_inputs(trial, folder.storage).manifest
+        if job.evaluation_dataset is not None:
+            check_held_out(job.evaluation_dataset, manifest, num_categories=trial.train.model.num_categories)
+        if (source := missing_labels(trial, manifest, folder)) is not None:
+            missing.setdefault(trial.dataset, {})[source] = None
+    if missing:
+        connect(job.resources)
+    return [
+        subset
+        for dataset, sources in missing.items()
+        for subset in choose_subsets_on_cluster(dataset, manifests[dataset], list(sources), bounds=job.bounds)
+    ]
 
 
 def _keep_starts(job: TuneJob, folder: StageFolder) -> dict[str | None, str | None]:

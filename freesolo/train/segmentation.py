@@ -93,13 +93,19 @@ def choose_labels(job: TrainJob, inputs: SegmenterInputs, folder: StageFolder) -
         UsageError: The fraction leaves a category without an object; names it, and a fraction that would do.
         JobError: A shard is damaged, or the store cannot be reached.
     """
-    if job.label_fraction == 1:
-        return inputs
-    source = SubsetSource(inputs.manifest.digest, job.label_fraction, job.label_seed)
-    if finished_subset(labels_url(folder, source), source):
+    source = missing_labels(job, inputs.manifest, folder)
+    if source is None:
         return inputs
     (subset,) = choose_subsets_on_cluster(job.dataset, inputs.manifest, [source], bounds=job.bounds)
     return replace(inputs, subset=subset)
+
+
+def missing_labels(job: TrainJob, manifest: DatasetManifest, folder: StageFolder) -> SubsetSource | None:
+    """The fraction of a data set's labels that a job wants and the run does not keep yet."""
+    source = SubsetSource(manifest.digest, job.label_fraction, job.label_seed)
+    if job.label_fraction == 1 or finished_subset(labels_url(folder, source), source):
+        return None
+    return source
 
 
 def labels_url(folder: StageFolder, source: SubsetSource) -> str:
