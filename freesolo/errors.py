@@ -9,5 +9,9 @@ class JobError(Exception):
     """What was asked for was tried and failed: bad data, a non-finite loss, a server that refuses. Exit code 1."""
 
 
+class DivergedError(JobError):
+    """A loss or a weight is not finite any more: the same again would end likewise."""
+
+
 class StoppedError(JobError):
     """The job was told to stop, and did so in good order. Exit code 143, as of a process that SIGTERM ended."""

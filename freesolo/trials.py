@@ -34,7 +34,7 @@ from ray.util.queue import Empty, Queue
 from freesolo.cluster import trainings_at_once
 from freesolo.config import TrainJob, TuneJob
 from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
-from freesolo.errors import JobError, StoppedError
+from freesolo.errors import DivergedError, JobError, StoppedError
 from freesolo.jobs import train_stage
 from freesolo.settings import TuneSettings
 from freesolo.space import Values
@@ -49,8 +49,6 @@ STOP_SECONDS = 120.0
 """What a trial that is stopped early has for saving and telling MLflow."""
 
 _LOOK_SECONDS = 1.0
-# What a training meets again when it is repeated. All else that ends one may pass: a lost node, a store that is out.
-_DIVERGED = re.compile(r"^step \d+: .+ is not finite")
 _LOG = logging.getLogger(__name__)
 
 
@@ -322,8 +320,9 @@ class _Keeper(tune.Callback):
         _LOG.info("%s", self._sweep.outcome(number, None))
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        number, reason = trial.config["trial"], _reason(Path(trial.error_file or "").read_text())
-        if _DIVERGED.match(reason):
+        number, kept = trial.config["trial"], Path(trial.error_file or "").read_text()
+        reason = _reason(kept)
+        if f".{DivergedError.__name__}: " in kept.strip().rpartition("\n")[2]:
             self.failed[number] = reason
             _LOG.warning("%s", self._sweep.outcome(number, reason))
         else:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from freesolo.data.order import StreamState, advance
-from freesolo.errors import JobError, StoppedError, UsageError
+from freesolo.errors import DivergedError, JobError, StoppedError, UsageError
 from freesolo.ops.collectives import from_all_workers, rank, sum_over_workers, world_size
 from freesolo.settings import LoopSettings, OptimizerSettings
 from freesolo.train.learner import Learner
@@ -102,8 +102,8 @@ def train(
 
     Raises:
         StoppedError: The recorder decided to stop; what was done is saved.
-        JobError: A loss is not finite, too many samples are unusable, or a worker's stream ended with an error. Raised
-            on every worker alike.
+        DivergedError: A loss, the gradient or a weight is not finite. Raised on every worker alike.
+        JobError: Too many samples are unusable, or a worker's stream ended with an error. Raised on every worker alike.
         UsageError: A worker's stream ended with one. Raised on every worker alike.
     """
     progress = progress or Progress()
@@ -210,7 +210,7 @@ class _Tally:
             everything = zip([*names, "gradient norm"], [*means, norm], strict=True)
             values = ", ".join(f"{name}={value:g}" for name, value in everything)
             what = "the gradient" if np.isfinite(means).all() else "a loss"
-            raise JobError(f"step {step}: {what} is not finite ({values}); image ids of the batch: {culprits}")
+            raise DivergedError(f"step {step}: {what} is not finite ({values}); image ids of the batch: {culprits}")
         self.bad_samples += round(bad * world_size())
         allowed = self._max_bad_samples * max(self._samples, step * self._settings.batch_size)
         if self.bad_samples > allowed:
@@ -241,12 +241,12 @@ def _check_weights(learner: Learner, step: int) -> None:
     """See that what will be saved is worth going on from; the same on every worker.
 
     Raises:
-        JobError: A weight is not finite; names its tensor.
+        DivergedError: A weight is not finite; names its tensor.
     """
     names, weights = zip(*learner.task.module.named_parameters(), strict=True)
     finite = torch.stack([weight.detach().isfinite().all() for weight in weights]).tolist()
     if not all(finite):
-        raise JobError(f"step {step}: {names[finite.index(False)]} is not finite any more; nothing was saved")
+        raise DivergedError(f"step {step}: {names[finite.index(False)]} is not finite any more; nothing was saved")
 
 
 def _generator(*numbers: int, device: torch.device) -> torch.Generator:
