@@ -50,6 +50,9 @@ JobType = TypeVar("JobType", bound="Job")
 
 # --- jobs: a stage's settings and what they are applied to ----------------------------------------------------------
 
+ALL_THAT_IS_FOUND = PredictSettings(inference=InferenceSettings(), max_width=1.0)
+"""How predictions to be evaluated are made: COCO's numbers are of up to 100 an image, whatever their score."""
+
 
 class Job(Settings):
     """What every job's configuration has beside its stage's settings."""
@@ -137,7 +140,7 @@ class TuneJob(TrainJob):
 
     tune: TuneSettings
     evaluation_dataset: Url | None = None  # annotated, other photos: the best trial is the best on them
-    held_out: PredictSettings = PredictSettings(inference=InferenceSettings(), max_width=1.0)  # of those photos
+    held_out: PredictSettings = ALL_THAT_IS_FOUND  # of those photos
 
     @model_validator(mode="after")
     def _trials_are_right(self) -> TuneJob:
@@ -225,7 +228,7 @@ class FineTuneJob(Job):
     label_seed: NonNegative = 0  # of the choice; the larger fractions contain the smaller ones
     min_steps: Positive | None = None  # None: all train for loop.steps; else as many epochs as those are of all photos
     train: TrainSettings  # initial_weights are the starts'
-    held_out: PredictSettings = PredictSettings(inference=InferenceSettings(), max_width=1.0)
+    held_out: PredictSettings = ALL_THAT_IS_FOUND
     gallery_images: NonNegative = 24
     notes: tuple[str, ...] = ()  # on the report page: what such a run can and cannot show
 
@@ -281,7 +284,7 @@ class MethodJob(Job):
     extract: ExtractSettings = ExtractSettings()
     train: TrainSettings
     predict: PredictSettings = PredictSettings()  # of pseudo-labels
-    held_out: PredictSettings = PredictSettings(inference=InferenceSettings(), max_width=1.0)  # of what is evaluated
+    held_out: PredictSettings = ALL_THAT_IS_FOUND  # of what is evaluated
 
     @model_validator(mode="after")
     def _batches_divide(self) -> MethodJob:

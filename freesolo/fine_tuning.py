@@ -22,13 +22,13 @@ from pathlib import Path
 
 from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare, gallery
-from freesolo.config import FineTuneJob, PredictJob, TrainJob, start_folder, training_name
+from freesolo.config import FineTuneJob, TrainJob, start_folder, training_name
 from freesolo.data.files import exists, join, read_bytes, write_atomic
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.data.subset import Subset, SubsetSource, finished_subset, part_of
 from freesolo.evaluation import Metrics
-from freesolo.jobs import predict_stage, show_comparison, tell_dataset, train_stage, witnessed
+from freesolo.jobs import predict_held_out, show_comparison, tell_dataset, train_stage, witnessed
 from freesolo.registry.weights import resolve_weights
 from freesolo.report.records import Trend
 from freesolo.run_report import write_report
@@ -199,18 +199,8 @@ def _train(job: FineTuneJob, folder: StageFolder, start: str, weights: str | Non
     name = f"{start_folder(start)}-{fraction!r}"
     training, held_out = folder.sibling(f"train-{name}"), folder.sibling(f"held-out-{name}")
     result = train_stage(_train_job(job, start, weights, fraction), training, folder.url)
-    predict = PredictJob(
-        resources=job.resources,
-        tracking=job.tracking.model_copy(update={"registered_model": None}),
-        bounds=job.bounds,
-        dataset=job.evaluation_dataset,
-        labels=join(held_out.url, "labels"),
-        weights=result.outputs["model"],
-        kind="predictions",
-        predict=job.held_out,
-    )
-    predicted = predict_stage(predict, held_out, folder.url)
-    return _Trained(start, fraction, training, result, predicted.outputs["labels"])
+    predicted = predict_held_out(job, job.evaluation_dataset, result.outputs["model"], held_out, folder.url)
+    return _Trained(start, fraction, training, result, predicted)
 
 
 def _train_job(job: FineTuneJob, start: str, weights: str | None, fraction: float) -> TrainJob:

@@ -14,8 +14,19 @@ from typing import Literal
 
 from freesolo.cluster import connect
 from freesolo.comparison import Comparison, as_table, check_comparable, compare
-from freesolo.config import EvaluateJob, ExtractJob, Job, PackJob, PredictJob, PretrainJob, TrainJob, metric_name
-from freesolo.data.files import read_bytes
+from freesolo.config import (
+    EvaluateJob,
+    ExtractJob,
+    FineTuneJob,
+    Job,
+    PackJob,
+    PredictJob,
+    PretrainJob,
+    TrainJob,
+    TuneJob,
+    metric_name,
+)
+from freesolo.data.files import join, read_bytes
 from freesolo.data.ingest import pack_on_cluster
 from freesolo.data.pack import ShardTask, plan_shards
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest
@@ -98,6 +109,25 @@ def predict_stage(job: PredictJob, folder: StageFolder, parent_url: str | None =
     return run_stage(
         folder, what_is_made(job), partial(prediction_labelling, job, storage=folder.storage, kind=job.kind), work
     )
+
+
+def predict_held_out(job: TuneJob | FineTuneJob, dataset: str, model: str, folder: StageFolder, parent_url: str) -> str:
+    """What a model that a job trained finds in photos that it was not trained on.
+
+    Returns:
+        The label set, which is in the stage's folder.
+    """
+    predict = PredictJob(
+        resources=job.resources,
+        tracking=job.tracking.model_copy(update={"registered_model": None}),
+        bounds=job.bounds,
+        dataset=dataset,
+        labels=join(folder.url, "labels"),
+        weights=model,
+        kind="predictions",
+        predict=job.held_out,
+    )
+    return predict_stage(predict, folder, parent_url).outputs["labels"]
 
 
 def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None = None) -> StageResult:

@@ -24,14 +24,14 @@ from typing import Any, Literal
 
 from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare
-from freesolo.config import PredictJob, TuneJob, dump_config
+from freesolo.config import TuneJob, dump_config
 from freesolo.data.files import join, write_atomic
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.shards import DatasetManifest
 from freesolo.data.subset import Subset, SubsetSource
 from freesolo.errors import JobError
 from freesolo.jobs import (
-    predict_stage,
+    predict_held_out,
     show_comparison,
     tell_dataset,
     train_stage,
@@ -139,17 +139,8 @@ def _evaluated(
         if outcome.state == "finished":
             folder = sweep.folder.sibling(f"held-out-{number:05d}")
             trained = train_stage(sweep.jobs[number], sweep.folder_of(number))
-            predict = PredictJob(
-                resources=job.resources,
-                tracking=job.tracking.model_copy(update={"registered_model": None}),
-                bounds=job.bounds,
-                dataset=dataset,
-                labels=join(folder.url, "labels"),
-                weights=trained.outputs["model"],
-                kind="predictions",
-                predict=job.held_out,
-            )
-            predictions[outcome.name] = predict_stage(predict, folder, sweep.folder.url).outputs["labels"]
+            model = trained.outputs["model"]
+            predictions[outcome.name] = predict_held_out(job, dataset, model, folder, sweep.folder.url)
     comparison = compare(dataset, predictions, gallery_images=0)
     show_comparison(comparison, witness, journal)
     worth = {name: row.as_dict()[job.tune.evaluation_metric] for name, row in comparison.rows.items()}
