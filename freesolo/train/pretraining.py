@@ -28,9 +28,10 @@ from freesolo.stages import StageFolder, StageResult
 from freesolo.tracking.witness import TrackedRun
 from freesolo.train.initial import InitialWeights, SharedWeights, read_initial_weights
 from freesolo.train.learner import Learner
+from freesolo.train.plan import Look, Training, TrainingPlan
 from freesolo.train.probe import Probe
 from freesolo.train.tasks import DenseCLTraining
-from freesolo.train.worker import Look, Training, TrainingPlan, run_training
+from freesolo.train.worker import run_training
 
 _LOG = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from freesolo.ops.images import normalize
 from freesolo.report.pictures import contact_sheet, draw_point, draw_similarity
 from freesolo.settings import ViewSettings
 from freesolo.train.learner import Learner
-from freesolo.train.worker import Look
+from freesolo.train.plan import Look
 
 _BATCH = 64  # crops a forward pass
 

@@ -33,8 +33,9 @@ from freesolo.tracking.witness import TrackedRun
 from freesolo.train.control import BY_SIGNALS, TrainingControl
 from freesolo.train.initial import InitialWeights, SharedWeights, read_initial_weights
 from freesolo.train.learner import Learner
+from freesolo.train.plan import Look, Training, TrainingPlan
 from freesolo.train.tasks import SoloTraining
-from freesolo.train.worker import Look, Training, TrainingPlan, run_training
+from freesolo.train.worker import run_training
 from freesolo.types import SegmentationBatch
 
 PICTURED_IMAGES = 8

@@ -6,116 +6,43 @@ again by Ray, finds the last checkpoint, and goes on from it.
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import signal
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import PurePosixPath
+from typing import Any
 
-import numpy as np
 import ray
 import ray.train
-import torch
-from ray.exceptions import RayError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
-    CheckpointUploadMode,
     FailureConfig,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
     WorkerGroupError,
 )
-from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution import context as ray_train_context
 
 from freesolo.cluster import check_cluster, data_cpus, warn_of_nodes_without_labels
-from freesolo.config import Job
-from freesolo.data.files import join, write_atomic
-from freesolo.data.ingest import TrainingStream, configure_ray_data
-from freesolo.errors import JobError, StoppedError, UsageError
-from freesolo.ops.collectives import from_all_workers, rank
-from freesolo.provenance import code_version, git_commit
-from freesolo.settings import LoopSettings, OptimizerSettings, ResourceSettings
-from freesolo.stages import StageFolder
-from freesolo.tracking.journal import Journal
-from freesolo.tracking.witness import TrackedRun, Witness
-from freesolo.train.best import BestCheckpoint
-from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from freesolo.data.ingest import configure_ray_data
+from freesolo.errors import JobError, UsageError
+from freesolo.ops.collectives import from_all_workers
+from freesolo.settings import LoopSettings, ResourceSettings
+from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint
 from freesolo.train.control import BY_SIGNALS, TrainingControl
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
+from freesolo.train.plan import Training, TrainingPlan
+from freesolo.train.recorder import RunRecorder
 from freesolo.train.steps_shown import steps_shown
 from freesolo.train.storage import checkpoint_files, checkpoint_storage
 
 _LOG = logging.getLogger(__name__)
-SECONDS_BETWEEN_LOOKS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What is seen of a training at a step, beside its losses.
-
-    Attributes:
-        metrics: For the journal.
-        pictures: RGB by name; the names are the same at each look.
-    """
-
-    metrics: Mapping[str, float]
-    pictures: Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    """What a worker trains, built in its own process.
-
-    Attributes:
-        learner: Model, optimiser, device.
-        stream: Its batches.
-        optimizer: The schedule.
-        save_model: Writes the trained model as a model file.
-        look: What is to be seen now, a batch's inputs at hand; on worker 0 alone, which the others wait for. None:
-            nothing.
-    """
-
-    learner: Learner
-    stream: TrainingStream[Any, Any]
-    optimizer: OptimizerSettings
-    save_model: Callable[[Learner, Path], None]
-    look: Callable[[Learner, Any], Look] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingPlan:
-    """What the driver sends to the workers.
-
-    Attributes:
-        folder: Of the stage; gets `checkpoints/`, `best/`, `metrics.jsonl` and `model.pt`.
-        job: The resolved configuration.
-        loop: The part of it that says how long and how often.
-        tracked: The MLflow run.
-        build: Makes the training on a device, in the worker.
-    """
-
-    folder: StageFolder
-    job: Job
-    loop: LoopSettings
-    tracked: TrackedRun
-    build: Callable[[torch.device], Training]
-
-    @property
-    def model_url(self) -> str:
-        """Where the trained model goes."""
-        return join(self.folder.url, "model.pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +159,13 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     plan: TrainingPlan = config["plan"]
     resources: ResourceSettings = config["resources"]
     workers = ray.train.get_context().get_world_size()
-    recorder: _RunRecorder | None = None
+    recorder: RunRecorder | None = None
     error: UsageError | JobError | None = None
     try:
         configure_ray_data(cpus=data_cpus(resources, workers) / workers)
         training, loop = _with_workers(plan.build(ray.train.torch.get_device()), plan.loop, resources, workers)
         start, taken = _go_on(training.learner)
-        recorder = _RunRecorder(plan, training, start, taken, config["board"])
+        recorder = RunRecorder(plan, training, start, taken, config["board"])
     except (UsageError, JobError) as reason:
         error = reason
     # What one of them met, all end with: it alone would leave the others waiting.
@@ -302,153 +229,3 @@ def _go_on(learner: Learner) -> tuple[Progress, frozenset[str]]:
 def _load(checkpoint: Checkpoint, learner: Learner) -> Progress:
     with checkpoint_files(checkpoint) as folder:
         return load_checkpoint(folder, learner, name=checkpoint.path)
-
-
-def _status(error: BaseException | None) -> Literal["FINISHED", "FAILED", "KILLED"]:
-    """What MLflow calls it."""
-    if error is None:
-        return "FINISHED"
-    return "KILLED" if isinstance(error, StoppedError) else "FAILED"
-
-
-class _RunRecorder:
-    """Keeps what the loop tells: metrics and pictures by worker 0, checkpoints by all together."""
-
-    def __init__(
-        self, plan: TrainingPlan, training: Training, start: Progress, taken: frozenset[str], board: Any
-    ) -> None:
-        self._plan = plan
-        self._taken = taken
-        self._training = training
-        self._samples: list[tuple[int, tuple[int, ...]]] = []
-        self._board = board
-        self.last_metrics: dict[str, float] = {}
-        self.undelivered: str | None = None
-        self._leads = rank() == 0
-        self._looked = time.monotonic()
-        self._saved_for: set[str] = set()
-        self._losses: list[float] = []
-        if self._leads:
-            self._stop_wanted = board.stop_wanted.remote()
-            self._best = BestCheckpoint(plan.folder.url)
-            self._journal = Journal(plan.folder.url, resume_step=start.step + 1)
-            self._witness = Witness(plan.tracked, self._journal)
-            self._witness.settings(plan.job)
-            stream = training.stream
-            self._witness.dataset(stream.dataset_url, stream.manifest.digest, stream.dataset_url)
-            board.begin.remote(start.step)
-
-    def __enter__(self) -> _RunRecorder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if not self._leads:
-            return
-        try:
-            self._close(_status(error))
-        except (UsageError, JobError) as another:
-            # What this worker alone met must not take the place of what all of them know.
-            if error is None:
-                raise
-            _LOG.warning("%s", another)
-
-    def _close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        self._best.close()
-        self._journal.flush()
-        delivery = self._witness.close(status)
-        self._journal.close()
-        self.undelivered = str(delivery) if delivery.reason is not None else None
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        self.last_metrics = values
-        if self._leads:
-            self._losses.append(values["loss"])
-            self._journal.append(step, values)
-            self._board.tell.remote(step)
-
-    def samples(self, step: int, image_ids: tuple[int, ...]) -> None:
-        if self._plan.loop.record_samples:
-            self._samples.append((step, image_ids))
-
-    def look(self, step: int, inputs: Any) -> None:
-        if self._leads and self._training.look is not None:
-            look = self._training.look(self._training.learner, inputs)
-            self._journal.append(step, look.metrics)
-            self.last_metrics = {**self.last_metrics, **look.metrics}
-            for name, picture in look.pictures.items():
-                self._witness.picture(name, picture, step)
-
-    def calls(self) -> bool:
-        """Worker 0 calls all to look up when the driver wants to stop, and every few seconds to see who must go."""
-        if not self._leads:
-            return False
-        return self._stops() or time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS
-
-    def decide(self) -> Literal["go on", "save", "stop"]:
-        """Stop if the driver wants to; save if a node is about to be taken away, which a notice says once."""
-        self._looked = time.monotonic()
-        if broadcast_from_rank_zero(self._leads and self._stops()):
-            return "stop"
-        notice = ray.train.get_preemption_info()
-        if notice is None or self._saved_for.issuperset(notice.preempted_node_ids):
-            return "go on"
-        self._saved_for.update(notice.preempted_node_ids)
-        return "save"
-
-    def _stops(self) -> bool:
-        (told, _) = ray.wait([self._stop_wanted], timeout=0)
-        if not told:
-            return False
-        with suppress(RayError):  # a board that was lost with its node tells nothing
-            ray.get(self._stop_wanted)
-            return True
-        return False
-
-    def checkpoint(self, progress: Progress) -> None:
-        """Save the model too at the last step: what comes after training needs no checkpoint.
-
-        Raises:
-            RuntimeError: The store failed for too long, or a disk is full. Worker 0 meets that alone, while the others
-                wait for it: so it is no result, but a failure, after which Ray starts all of them again.
-        """
-        try:
-            self._checkpoint(progress)
-        except (UsageError, JobError, OSError) as error:
-            raise RuntimeError(f"step {progress.step} could not be saved: {error}") from error
-
-    def _checkpoint(self, progress: Progress) -> None:
-        name = f"step-{progress.step:08d}"
-        if self._plan.loop.record_samples:
-            used = from_all_workers(self._samples)
-            self._samples = []
-            if self._leads:
-                # Named by the step, so that what is done again after a loss replaces what was done before it.
-                write_atomic(join(self._plan.folder.url, "samples", f"{name}.json"), json.dumps(used).encode())
-        while name in self._taken:
-            name += "-again"
-        if not self._leads:
-            ray.train.report({}, checkpoint=None, checkpoint_dir_name=name)
-            return
-        self._journal.flush()
-        if progress.step == self._plan.loop.steps:
-            with tempfile.NamedTemporaryFile() as file:
-                self._training.save_model(self._training.learner, Path(file.name))
-                write_atomic(self._plan.model_url, Path(file.name).read_bytes())
-        # Uploaded while training goes on. Ray knows of a checkpoint when all of it is there, and goes on from no other.
-        folder = tempfile.mkdtemp(prefix="freesolo-checkpoint-")
-        try:
-            commit = git_commit() or code_version()
-            save_checkpoint(Path(folder), self._training.learner, progress, self._plan.job, commit)
-        except (UsageError, JobError):
-            shutil.rmtree(folder)
-            raise
-        if self._losses:
-            self._best.offer(Path(folder), name, sum(self._losses) / len(self._losses))
-            self._losses = []
-        ray.train.report(
-            {**self.last_metrics, "step": progress.step},
-            checkpoint=Checkpoint.from_directory(folder),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-        )

@@ -25,9 +25,9 @@ from freesolo.solo.task import SoloTask, concatenate
 from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
+from freesolo.train.plan import Look
 from freesolo.train.probe import Probe
 from freesolo.train.tasks import DenseCLTraining
-from freesolo.train.worker import Look
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 from tests.small import small_solo
 from tests.workers import on_workers
