@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
-from freesolo.config import Job, load_config
+from freesolo.config import Job
+from freesolo.config_file import load_config
 from freesolo.errors import JobError, StoppedError, UsageError
 from freesolo.settings import absolute_url
 from freesolo.stages import StageFolder, StageResult

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from freesolo.config import dump_config
+from freesolo.config_file import dump_config
 from freesolo.data.files import join, write_atomic
 from freesolo.evaluation import Metrics
 from freesolo.provenance import code_version, git_commit

@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare
-from freesolo.config import TuneJob, dump_config
+from freesolo.config import TuneJob
+from freesolo.config_file import dump_config
 from freesolo.data.files import join, write_atomic
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.shards import DatasetManifest

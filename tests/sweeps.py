@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from freesolo.config import TuneJob, parse_config
+from freesolo.config import TuneJob
+from freesolo.config_file import parse_config
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.stages import StageFolder

@@ -34,7 +34,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from freesolo.config import dump_config
+from freesolo.config_file import dump_config
 from freesolo.errors import JobError, UsageError
 from freesolo.provenance import git_commit, package_version
 from freesolo.settings import Settings

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from freesolo.config import TrainJob, parse_config
+from freesolo.config import TrainJob
+from freesolo.config_file import parse_config
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.errors import JobError

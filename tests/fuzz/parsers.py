@@ -26,7 +26,7 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from freesolo.config import EvaluateJob, ExtractJob, Job, PackJob, PipelineJob, PredictJob, PretrainJob, TrainJob
-from freesolo.config import load_config as load_job
+from freesolo.config_file import load_config as load_job
 from freesolo.data.coco import annotation_rle, sample_labels
 from freesolo.data.documents import canonical_digest, parse_json
 from freesolo.data.label_table import (

@@ -22,7 +22,8 @@ from mlflow import MlflowClient
 from freesolo import ablations, pipeline
 from freesolo.ablations import ablations_stage
 from freesolo.comparison import Comparison, compare
-from freesolo.config import AblationJob, TrainJob, load_config
+from freesolo.config import AblationJob, TrainJob
+from freesolo.config_file import load_config
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.errors import JobError, UsageError

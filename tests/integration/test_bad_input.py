@@ -22,7 +22,8 @@ import torch
 from s3fs import S3FileSystem
 
 from freesolo import cli
-from freesolo.config import TrainJob, load_config
+from freesolo.config import TrainJob
+from freesolo.config_file import load_config
 from freesolo.data import retry
 from freesolo.data.labels import ImageLabels, LabelPlan, begin_label_set, finish_label_set, write_label_file
 from freesolo.data.pack import pack

@@ -12,7 +12,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from freesolo.config import FineTuneJob, TrainJob, load_config, parse_config
+from freesolo.config import FineTuneJob, TrainJob
+from freesolo.config_file import load_config, parse_config
 from freesolo.data.files import join, list_files
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 
-from freesolo.config import PretrainJob, TrainJob, parse_config
+from freesolo.config import PretrainJob, TrainJob
+from freesolo.config_file import parse_config
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.data.shards import read_dataset_manifest, read_shard

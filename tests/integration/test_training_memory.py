@@ -14,7 +14,8 @@ import psutil
 import pytest
 import simplejpeg
 
-from freesolo.config import PretrainJob, parse_config
+from freesolo.config import PretrainJob
+from freesolo.config_file import parse_config
 from freesolo.data.pack import pack
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.jobs import pretrain_stage

@@ -11,7 +11,8 @@ import pytest
 import ray
 from mlflow import MlflowClient
 
-from freesolo.config import TrainJob, load_config
+from freesolo.config import TrainJob
+from freesolo.config_file import load_config
 from freesolo.data.files import join
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.errors import JobError, UsageError

@@ -23,7 +23,8 @@ from mlflow import MlflowClient
 from PIL import Image
 from ray import tune
 
-from freesolo.config import TrainJob, TuneJob, dump_config, load_config
+from freesolo.config import TrainJob, TuneJob
+from freesolo.config_file import dump_config, load_config
 from freesolo.data.pack import pack
 from freesolo.errors import JobError
 from freesolo.jobs import train_stage

@@ -11,7 +11,8 @@ from functools import cache
 from typing import Any
 
 from freesolo import config
-from freesolo.config import Job, load_config
+from freesolo.config import Job
+from freesolo.config_file import load_config
 from freesolo.errors import UsageError
 from tests.kubernetes.manifests import ROOT, Build, Object, name_of
 from tests.kubernetes.pod_rules import quantity

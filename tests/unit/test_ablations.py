@@ -13,7 +13,8 @@ import pytest
 from freesolo import ablations
 from freesolo.ablations import Score, Spread, ablations_stage, as_table, differences, spread_of, summarize
 from freesolo.comparison import Comparison
-from freesolo.config import AblationJob, MethodJob, load_config
+from freesolo.config import AblationJob, MethodJob
+from freesolo.config_file import load_config
 from freesolo.errors import UsageError
 from freesolo.evaluation import Metrics, RegionMetrics
 from freesolo.pipeline import Made

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from freesolo.config import EvaluateJob, PipelineJob, PretrainJob, TrainJob, dump_config, load_config, parse_config
+from freesolo.config import EvaluateJob, PipelineJob, PretrainJob, TrainJob
+from freesolo.config_file import dump_config, load_config, parse_config
 from freesolo.errors import UsageError
 from freesolo.settings import LoopSettings
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from freesolo.config import PretrainJob, load_config
+from freesolo.config import PretrainJob
+from freesolo.config_file import load_config
 from freesolo.densecl.loss import dense_loss, info_nce, match_cells
 from freesolo.densecl.model import DenseCL
 from freesolo.errors import UsageError

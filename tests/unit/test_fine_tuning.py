@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from freesolo.config import FineTuneJob, load_config
+from freesolo.config import FineTuneJob
+from freesolo.config_file import load_config
 from freesolo.errors import UsageError
 from freesolo.evaluation import CategoryMetrics, Metrics, RegionMetrics
 from freesolo.fine_tuning import _Trained, train_settings, trends

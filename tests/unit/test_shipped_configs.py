@@ -18,8 +18,8 @@ from freesolo.config import (
     PretrainJob,
     TrainJob,
     TuneJob,
-    load_config,
 )
+from freesolo.config_file import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 JOBS: dict[str, tuple[type[Job], str]] = {

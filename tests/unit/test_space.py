@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from freesolo.cluster import Node, share_out
-from freesolo.config import TuneJob, parse_config
+from freesolo.config import TuneJob
+from freesolo.config_file import parse_config
 from freesolo.errors import JobError, UsageError
 from freesolo.settings import RangeSettings, ResourceSettings, TrainSettings
 from freesolo.space import draw_trials, with_values

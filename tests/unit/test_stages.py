@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from freesolo.config import TrainJob, parse_config
+from freesolo.config import TrainJob
+from freesolo.config_file import parse_config
 from freesolo.errors import JobError, UsageError
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
 

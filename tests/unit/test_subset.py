@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from freesolo.config import TrainJob, parse_config
+from freesolo.config import TrainJob
+from freesolo.config_file import parse_config
 from freesolo.data.shards import (
     DatasetManifest,
     Sample,

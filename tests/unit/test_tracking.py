@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from freesolo.cli import main
-from freesolo.config import PretrainJob, load_config
+from freesolo.config import PretrainJob
+from freesolo.config_file import load_config
 from freesolo.errors import JobError, UsageError
 from freesolo.settings import LoopSettings, PretrainSettings, TrackingSettings
 from freesolo.tracking.journal import Journal

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from freesolo.config import TrainJob, parse_config
+from freesolo.config import TrainJob
+from freesolo.config_file import parse_config
 from freesolo.settings import RangeSettings, TuneSettings
 from freesolo.stages import StageFolder
 from freesolo.tracking.journal import Journal
