@@ -26,7 +26,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 LabelFraction = Annotated[float, Field(gt=0.0, le=1.0)]
 PlainName = Annotated[str, Field(pattern=r"^\w[\w .-]*$", max_length=50)]  # is part of names of folders and metrics
 MAX_INSTANCES = 1000  # of a photo, in what is written and what is read: the masks of all lie in memory together
-Instances = Annotated[int, Field(gt=0, le=MAX_INSTANCES)]
+InstanceLimit = Annotated[int, Field(gt=0, le=MAX_INSTANCES)]
 # `_caffe`: the stride of a block is in its first 1x1 convolution, as in MSRA's weights, those of detectron2's models.
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet50_caffe", "resnet101_caffe"]
 EvaluationMetric = Literal["segm/AP", "segm/AP50", "segm/AP75", "segm/AR100", "category/AP", "category/AP50", "corloc"]
@@ -248,7 +248,7 @@ class FreeMaskSettings(Settings):
     query_scales: tuple[Annotated[float, Field(gt=0.0, le=4.0)], ...] = Field(default=(1.0, 0.5, 0.25), min_length=1)
     mask_threshold: Fraction = 0.5
     min_maskness: Fraction = 0.7  # after NMS
-    max_instances: Instances = 20
+    max_instances: InstanceLimit = 20
     nms_sigma: float = Field(default=2.0, gt=0.0)
     top_border: Fraction = 0.2  # masks centred at or above this share of the height are dropped; 0: none
     max_width: Fraction = 0.95  # masks on this share of the columns or more are dropped; 1: none
@@ -334,7 +334,7 @@ class InferenceSettings(Settings):
     max_before_nms: Positive = 500
     nms_sigma: float = Field(default=2.0, gt=0.0)
     min_score: Fraction = 0.05  # after Matrix NMS
-    max_instances: Instances = 100
+    max_instances: InstanceLimit = 100
 
 
 class SegmentationViewSettings(ColourSettings):

@@ -53,7 +53,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TrialOutcome:
     """What came of a trial.
 
     Attributes:
@@ -174,14 +174,14 @@ class Sweep:
         )
         return max([int(report["step"]) for report in self.reports(number)] + [int(step) for step in saved], default=0)
 
-    def outcome(self, number: int, reason: str | None) -> Outcome:
+    def outcome(self, number: int, reason: str | None) -> TrialOutcome:
         last = next(reversed(self.reports(number)), {"step": 0, "metric": None})
         state: Literal["finished", "stopped early", "failed"] = "failed"
         if self.finished(number):
             state, reason = "finished", None
         elif reason is None:
             state = "stopped early"
-        return Outcome(
+        return TrialOutcome(
             self.folder_of(number).stage, self.values[number], state, int(last["step"] or 0), last["metric"], reason
         )
 

@@ -44,7 +44,7 @@ from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import Witness
 from freesolo.train.initial import keep_weights
 from freesolo.train.segmentation import labels_url, missing_labels, segmenter_inputs
-from freesolo.trials import Outcome, Sweep, run_trials
+from freesolo.trials import Sweep, TrialOutcome, run_trials
 
 _LOG = logging.getLogger(__name__)
 
@@ -132,8 +132,8 @@ def _held_out_metric(job: TuneJob) -> str | None:
 
 
 def _evaluated(
-    job: TuneJob, dataset: str, sweep: Sweep, outcomes: Sequence[Outcome], witness: Witness, journal: Journal
-) -> list[Outcome]:
+    job: TuneJob, dataset: str, sweep: Sweep, outcomes: Sequence[TrialOutcome], witness: Witness, journal: Journal
+) -> list[TrialOutcome]:
     """The outcomes, those of trials that went to the end with what they are worth on the held-out photos."""
     predictions = {}
     for number, outcome in enumerate(outcomes):
@@ -148,7 +148,7 @@ def _evaluated(
     return [replace(outcome, held_out=worth.get(outcome.name)) for outcome in outcomes]
 
 
-def best_of(outcomes: Sequence[Outcome], mode: Literal["min", "max"], *, held_out: bool = False) -> Outcome:
+def best_of(outcomes: Sequence[TrialOutcome], mode: Literal["min", "max"], *, held_out: bool = False) -> TrialOutcome:
     """The best of those that went to the end, and of equals the first.
 
     Args:
@@ -169,7 +169,7 @@ def best_of(outcomes: Sequence[Outcome], mode: Literal["min", "max"], *, held_ou
     return pick(finished, key=lambda outcome: outcome.metric or 0.0)
 
 
-def as_table(outcomes: Sequence[Outcome], metric: str, held_out_metric: str | None = None) -> str:
+def as_table(outcomes: Sequence[TrialOutcome], metric: str, held_out_metric: str | None = None) -> str:
     """The trials as a Markdown table."""
     measured = [metric] if held_out_metric is None else [metric, held_out_metric]
     columns = ["trial", *outcomes[0].values, *measured, "step", "state"]
@@ -187,7 +187,7 @@ def _shown(value: Any, none: str) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _with_best(job: TuneJob, sweep: Sweep, number: int, best: Outcome) -> StageResult:
+def _with_best(job: TuneJob, sweep: Sweep, number: int, best: TrialOutcome) -> StageResult:
     """Register the best trial's model, and write its configuration where one can train from it."""
     folder, trial = sweep.folder, sweep.folder_of(number)
     winner = sweep.jobs[number].model_copy(update={"resources": job.resources, "tracking": job.tracking})

@@ -15,7 +15,7 @@ from freesolo.errors import JobError, UsageError
 from freesolo.settings import RangeSettings, ResourceSettings, TrainSettings
 from freesolo.space import draw_trials, with_values
 from freesolo.stages import StageFolder, what_is_made
-from freesolo.trials import Outcome
+from freesolo.trials import TrialOutcome
 from freesolo.tuning import as_table, best_of, tune_stage
 
 RATE = "train.optimizer.learning_rate"
@@ -188,8 +188,8 @@ def test_trainings_beside_each_other_have_cpus_of_their_own_to_read_with() -> No
 
 
 def test_the_best_is_of_those_that_went_to_the_end() -> None:
-    def outcome(name: str, state: Any, metric: float | None, reason: str | None = None) -> Outcome:
-        return Outcome(name, {"rate": 0.1}, state, 4, metric, reason)
+    def outcome(name: str, state: Any, metric: float | None, reason: str | None = None) -> TrialOutcome:
+        return TrialOutcome(name, {"rate": 0.1}, state, 4, metric, reason)
 
     outcomes = [
         outcome("a", "finished", 2.0),
