@@ -13,5 +13,9 @@ class DivergedError(JobError):
     """A loss or a weight is not finite any more: the same again would end likewise."""
 
 
+class TooLargeError(JobError):
+    """A training needs more memory than its device has: so would the same again."""
+
+
 class StoppedError(JobError):
     """The job was told to stop, and did so in good order. Exit code 143, as of a process that SIGTERM ended."""

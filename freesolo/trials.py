@@ -34,7 +34,7 @@ from ray.util.queue import Empty, Queue
 from freesolo.cluster import trainings_at_once
 from freesolo.config import TrainJob, TuneJob
 from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
-from freesolo.errors import DivergedError, JobError, StoppedError
+from freesolo.errors import DivergedError, JobError, StoppedError, TooLargeError
 from freesolo.jobs import train_stage
 from freesolo.settings import TuneSettings
 from freesolo.space import Values
@@ -49,6 +49,7 @@ STOP_SECONDS = 120.0
 """What a trial that is stopped early has for saving and telling MLflow."""
 
 _LOOK_SECONDS = 1.0
+_WOULD_AGAIN = (DivergedError, TooLargeError)  # what a trial fails of with the same settings each time
 _LOG = logging.getLogger(__name__)
 
 
@@ -322,7 +323,8 @@ class _Keeper(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         number, kept = trial.config["trial"], Path(trial.error_file or "").read_text()
         reason = _reason(kept)
-        if f".{DivergedError.__name__}: " in kept.strip().rpartition("\n")[2]:
+        last_line = kept.strip().rpartition("\n")[2]
+        if any(f".{kind.__name__}: " in last_line for kind in _WOULD_AGAIN):
             self.failed[number] = reason
             _LOG.warning("%s", self._sweep.outcome(number, reason))
         else:

@@ -26,7 +26,7 @@ from freesolo.cluster import connect
 from freesolo.comparison import check_held_out, compare
 from freesolo.config import TuneJob
 from freesolo.config_file import dump_config
-from freesolo.data.files import join, write_atomic
+from freesolo.data.files import exists, join, write_atomic
 from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
 from freesolo.data.shards import DatasetManifest
 from freesolo.data.subset import Subset, SubsetSource
@@ -103,7 +103,10 @@ def _prepare(job: TuneJob, folder: StageFolder) -> list[Subset]:
         different[starts_from] = trial
     manifests: dict[str, DatasetManifest] = {}
     missing: dict[str, dict[SubsetSource, None]] = {}  # by data set, each of which is read once for all
+    kept = {reference: url for reference, url in _starts(job, folder).items() if exists(url)}
     for trial in different.values():
+        if (start := trial.train.initial_weights) in kept:  # the reference may name another by now, or none
+            trial = trial.model_copy(update={"train": trial.train.model_copy(update={"initial_weights": kept[start]})})
         manifest = manifests[trial.dataset] = segmenter_inputs(trial, folder.storage).manifest
         if job.evaluation_dataset is not None:
             check_held_out(job.evaluation_dataset, manifest, num_categories=trial.train.model.num_categories)
@@ -120,11 +123,16 @@ def _prepare(job: TuneJob, folder: StageFolder) -> list[Subset]:
 
 def _keep_starts(job: TuneJob, folder: StageFolder) -> dict[str | None, str | None]:
     """The sweep's own copy of each of the weights that trials start from; of none, none."""
-    references = dict.fromkeys(job.trial_job(values).train.initial_weights for values in job.trials())
     return {
-        reference: keep_weights(reference, join(folder.url, "starts", f"{number}.pt"), job.tracking, folder.storage)
-        for number, reference in enumerate(references)
+        reference: keep_weights(reference, url, job.tracking, folder.storage)
+        for reference, url in _starts(job, folder).items()
     }
+
+
+def _starts(job: TuneJob, folder: StageFolder) -> dict[str | None, str]:
+    """For each reference that trials start from where the sweep keeps its copy; of none nothing is there."""
+    references = dict.fromkeys(job.trial_job(values).train.initial_weights for values in job.trials())
+    return {reference: join(folder.url, "starts", f"{number}.pt") for number, reference in enumerate(references)}
 
 
 def _held_out_metric(job: TuneJob) -> str | None:

@@ -43,7 +43,7 @@ class RunRecorder:
         board: A `StepBoard`: the driver's, which shows steps and says when to stop.
 
     Attributes:
-        last_metrics: Those that were told last.
+        last_metrics: Of each the value that was told last, before this start of the training too.
         undelivered: What MLflow was not told, and why.
     """
 
@@ -65,6 +65,8 @@ class RunRecorder:
             self._stop_wanted = board.stop_wanted.remote()
             self._best = BestCheckpoint(plan.folder.url)
             self._journal = Journal(plan.folder.url, resume_step=start.step + 1)
+            for entry in self._journal.read(max_entries=len(self._journal))[0]:
+                self.last_metrics |= entry.metrics
             self._witness = Witness(plan.tracked, self._journal)
             self._witness.settings(plan.job)
             stream = training.stream
@@ -93,7 +95,7 @@ class RunRecorder:
         self.undelivered = str(delivery) if delivery.reason is not None else None
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        self.last_metrics = values
+        self.last_metrics |= values
         if self._leads:
             self._losses.append(values["loss"])
             self._journal.append(step, values)
@@ -107,7 +109,7 @@ class RunRecorder:
         if self._leads and self._training.look is not None:
             look = self._training.look(self._training.learner, inputs)
             self._journal.append(step, look.metrics)
-            self.last_metrics = {**self.last_metrics, **look.metrics}
+            self.last_metrics |= look.metrics
             for name, picture in look.pictures.items():
                 self._witness.picture(name, picture, step)
 

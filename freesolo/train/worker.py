@@ -7,15 +7,18 @@ again by Ray, finds the last checkpoint, and goes on from it.
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -30,8 +33,8 @@ from ray.train.v2._internal.execution import context as ray_train_context
 
 from freesolo.cluster import check_cluster, data_cpus, warn_of_nodes_without_labels
 from freesolo.data.ingest import configure_ray_data
-from freesolo.errors import JobError, UsageError
-from freesolo.ops.collectives import from_all_workers
+from freesolo.errors import JobError, TooLargeError, UsageError
+from freesolo.ops.collectives import from_all_workers, world_size
 from freesolo.settings import LoopSettings, ResourceSettings
 from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint
 from freesolo.train.control import BY_SIGNALS, TrainingControl
@@ -88,15 +91,20 @@ def run_training(
             config = {"plan": plan, "resources": resources, "board": board}
             result = _fit(_trainer(plan, resources, config, control))
         except (TrainingFailedError, OSError) as error:  # OSError: the store, before any worker was started
-            raise JobError(
-                f"{plan.folder.url}: training failed: {_reason(error)}; run the same again to go on"
-            ) from error
+            raise _failure(plan.folder.url, error) from error
     outcome: Outcome = result.return_value  # type: ignore[attr-defined]
     if outcome.undelivered is not None:
         _LOG.warning("MLflow: %s; later: freesolo deliver %s", outcome.undelivered, plan.folder.run_url)
     if outcome.error is not None:
         raise outcome.error
     return outcome.metrics
+
+
+def _failure(url: str, error: TrainingFailedError | OSError) -> JobError:
+    full = re.search(rf"{TooLargeError.__name__}: (.*)", str(error))
+    if full is not None:
+        return TooLargeError(full[1])
+    return JobError(f"{url}: training failed: {_reason(error)}; run the same again to go on")
 
 
 def _reason(error: TrainingFailedError | OSError) -> str:
@@ -173,7 +181,7 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     if recorder is None:
         return Outcome({}, error)
     try:
-        with recorder:
+        with recorder, full_device_told():
             if error is not None:
                 raise error
             train(
@@ -188,6 +196,25 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     except (UsageError, JobError) as reason:
         error = reason
     return Outcome(recorder.last_metrics, error, recorder.undelivered)
+
+
+@contextmanager
+def full_device_told() -> Iterator[None]:
+    """Say what to do about a device whose memory is full.
+
+    Raises:
+        TooLargeError: It is.
+        RuntimeError: The same, of one worker among others. They wait for what it would compute, so it is no result, but
+            a failure, which Ray ends them all for.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as full:
+        what = str(full).partition(". ")[0]
+        told = f"{what}: lower loop.batch_size, or have its passes be smaller by a higher loop.accumulation_steps"
+        if world_size() > 1:
+            raise RuntimeError(f"{TooLargeError.__name__}: {told}") from full
+        raise TooLargeError(told) from full
 
 
 def _with_workers(
