@@ -41,7 +41,7 @@ ALLOWED = {
     # The one reader of torch's files: weights_only, which a test of this file sees to.
     ("freesolo/models/torch_file.py", "torch.load"),
     # With a loader made of SafeLoader, and stricter.
-    ("freesolo/config.py", "yaml.load"),
+    ("freesolo/config_file.py", "yaml.load"),
     # Pictures of a run that wait on this machine's own disk; np.load refuses pickles unless told otherwise.
     ("freesolo/tracking/mlflow_run.py", "np.load"),
 }
