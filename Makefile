@@ -8,7 +8,7 @@ UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(PIP_FIN
 SOURCES := freesolo jobs tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo ablations test test-sweeps test-slow test-image chaos fuzz k8s-check bench test-gpu bench-gpu image lint type format lock clean chromium
+.PHONY: help environment demo ablations test test-trainings test-slow test-image chaos fuzz k8s-check bench test-gpu bench-gpu image lint type format lock clean chromium
 
 help:  ## What can be made here
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -68,15 +68,15 @@ $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 	@$(BIN)/freesolo pack $(DEMO)/photos/held-out/annotations.json $(DEMO)/data/held-out --samples-per-shard 64
 
 # Two files at a time, each in a process that starts a cluster and servers for it; by name, so that end-to-end is first.
-QUICK := -m "not slow and not sweeps and not gpu and not chaos" -n 2 --dist loadfile --no-loadscope-reorder
+QUICK := -m "not slow and not trainings and not gpu and not chaos" -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) chromium  ## The tests (about 25 minutes on 2 cores)
-	@echo "test: about 25 minutes on 2 cores"
+test: $(READY) chromium  ## The tests (about 14 minutes on 2 cores)
+	@echo "test: about 14 minutes on 2 cores"
 	$(BIN)/python -m pytest $(QUICK) --durations=25
 
-test-sweeps: $(READY)  ## Many trainings each: sweeps, ablations, fine-tuning (about 20 minutes on 2 cores)
-	@echo "test-sweeps: about 20 minutes on 2 cores"
-	$(BIN)/python -m pytest -m "sweeps and not slow" -n 2 --dist loadfile --durations=10
+test-trainings: $(READY)  ## Several trainings each: losses of workers, sweeps, fine-tuning (about 30 minutes on 2 cores)
+	@echo "test-trainings: about 30 minutes on 2 cores"
+	$(BIN)/python -m pytest -m "trainings and not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos, signals (about 45 minutes)
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" --timeout=3600 --durations=10

@@ -26,7 +26,7 @@ from tests.small import small_solo
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 STEPS = 100
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.trainings, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

@@ -144,6 +144,7 @@ def run_job(
     return result
 
 
+@pytest.mark.trainings
 def test_the_stages_one_after_the_other_on_object_storage(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

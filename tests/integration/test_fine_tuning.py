@@ -33,7 +33,7 @@ from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
-    pytest.mark.sweeps,
+    pytest.mark.trainings,
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.timeout(600),
     *IGNORE_WARNINGS_OF_RAY_TRAIN,

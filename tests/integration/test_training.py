@@ -127,6 +127,7 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.trainings
 def test_a_killed_worker_costs_no_sample_repeats_none_and_changes_no_bit(scenes: str, tmp_path: Path) -> None:
     """Two workers, one SIGKILLed in mid-epoch: 18 steps of 8 are 6 epochs of 24 samples, each sample once in each.
 
@@ -163,6 +164,7 @@ def test_a_killed_worker_costs_no_sample_repeats_none_and_changes_no_bit(scenes:
         pretrain_stage(pretrain_job(scenes, steps=19, workers=2, checkpoint_every=2), stage)
 
 
+@pytest.mark.trainings
 def test_a_training_is_looked_at_and_has_the_bits_of_one_that_is_not(scenes: str, tmp_path: Path) -> None:
     """By worker 0 of two, while the other waits; in the journal beside the losses of the same steps."""
     plain = pretrain_job(scenes, steps=5, workers=2)

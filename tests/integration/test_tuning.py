@@ -24,7 +24,7 @@ from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 from tests.sweeps import RATES, last_loss, pack_scenes, tune_job
 
 pytestmark = [
-    pytest.mark.sweeps,
+    pytest.mark.trainings,
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.timeout(600),
     *IGNORE_WARNINGS_OF_RAY_TRAIN,

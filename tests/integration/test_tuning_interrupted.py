@@ -40,7 +40,7 @@ from tests.small import small_solo
 from tests.sweeps import last_loss, pack_scenes, tune_job
 
 pytestmark = [
-    pytest.mark.sweeps,
+    pytest.mark.trainings,
     pytest.mark.usefixtures("ray_cluster"),
     pytest.mark.timeout(900),
     *IGNORE_WARNINGS_OF_RAY_TRAIN,
