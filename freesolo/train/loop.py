@@ -116,8 +116,10 @@ def train(
     for step in range(progress.step, settings.steps):
         rate = learning_rate(step, optimizer_settings, settings.steps)
         learner.set_learning_rate(rate)
+        passes = _Passes()
         for micro_step in range(settings.accumulation_steps):
-            batch = tally.next_batch(batches, learner.device)
+            with tally.waiting():
+                batch = _next_batch(batches, learner.device)
             recorder.samples(step, batch.content.image_ids)
             generator = _generator(settings.seed, step, micro_step, worker, device=learner.device)
             inputs = learner.task.prepare(batch.content.to(learner.device), generator)
@@ -125,13 +127,15 @@ def train(
                 with learner.autocast():
                     losses: dict[str, Tensor] = module(inputs, step)
                 torch.stack(list(losses.values())).sum().div(settings.accumulation_steps).backward()
-            tally.add(losses, batch.content.image_ids, len(batch.bad))
+            passes.add(losses, batch)
         gradient_norm = learner.clip_gradients(optimizer_settings.gradient_clip_norm)
         learner.step()
         learner.task.after_step(step)
 
         done = step + 1
-        decision = recorder.decide() if tally.check(done, gradient_norm, calls=recorder.calls()) else "go on"
+        shared = passes.share(done, gradient_norm, calls=recorder.calls())
+        tally.add(done, shared)
+        decision = recorder.decide() if shared.called else "go on"
         last = done == settings.steps
         if done % settings.log_every == 0 or last:
             recorder.metrics(done, {**tally.means(), "learning_rate": rate, "gradient_norm": float(gradient_norm)})
@@ -146,61 +150,69 @@ def train(
     return replace(progress, step=settings.steps)
 
 
-class _Tally:
-    """Losses, times and bad samples of the steps since the last look, summed over workers."""
+def _next_batch(batches: Iterator[Any], device: torch.device) -> Any:
+    """The next batch, if every worker has one: a worker that stopped alone would leave the others waiting.
 
-    def __init__(self, settings: LoopSettings, samples: int, max_bad_samples: float, progress: Progress) -> None:
-        self._settings = settings
-        self._samples = samples
-        self._max_bad_samples = max_bad_samples
-        self.bad_samples = progress.bad_samples
-        self._bad_here: list[str] = []
-        self._bad_this_step = 0
-        self._losses: dict[str, float] = {}
-        self._micro_losses: list[dict[str, Tensor]] = []
+    Raises:
+        UsageError, JobError: A worker's stream ended with it.
+    """
+    batch, error = None, None
+    try:
+        batch = next(batches)
+    except (UsageError, JobError) as reason:
+        error = reason
+    failed = error is not None
+    if world_size() > 1:
+        failed = bool(sum_over_workers(torch.tensor(float(failed), device=device)) > 0)
+    if failed:
+        raise next(reason for reason in from_all_workers([error]) if reason is not None)
+    return batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What all workers know of a step.
+
+    Attributes:
+        losses: Their means over passes and workers.
+        bad_samples: How many samples of the step were unusable.
+        bad_here: Those of this worker, in words.
+        called: Whether a worker calls for a decision.
+    """
+
+    losses: dict[str, float]
+    bad_samples: int
+    bad_here: list[str]
+    called: bool
+
+
+class _Passes:
+    """The passes of one step on this worker."""
+
+    def __init__(self) -> None:
+        self._losses: list[dict[str, Tensor]] = []
         self._image_ids: list[int] = []
-        self._steps = 0
-        self._waited = 0.0
-        self._since = time.perf_counter()
+        self._bad: list[str] = []
 
-    def next_batch(self, batches: Iterator[Any], device: torch.device) -> Any:
-        """The next batch, if every worker has one: a worker that stopped alone would leave the others waiting."""
-        started = time.perf_counter()
-        batch, error = None, None
-        try:
-            batch = next(batches)
-        except (UsageError, JobError) as reason:
-            error = reason
-        failed = error is not None
-        if world_size() > 1:
-            failed = bool(sum_over_workers(torch.tensor(float(failed), device=device)) > 0)
-        if failed:
-            raise next(reason for reason in from_all_workers([error]) if reason is not None)
-        assert batch is not None
-        self._waited += time.perf_counter() - started
-        self._bad_here += [f"{bad.key} ({bad.reason})" for bad in batch.bad][: 5 - len(self._bad_here)]
-        return batch
+    def add(self, losses: dict[str, Tensor], batch: Any) -> None:
+        self._losses.append({name: loss.detach() for name, loss in losses.items()})
+        self._image_ids += batch.content.image_ids
+        self._bad += [f"{bad.key} ({bad.reason})" for bad in batch.bad]
 
-    def add(self, losses: dict[str, Tensor], image_ids: tuple[int, ...], bad_samples: int) -> None:
-        self._micro_losses.append({name: loss.detach() for name, loss in losses.items()})
-        self._image_ids += image_ids
-        self._bad_this_step += bad_samples
-
-    def check(self, step: int, gradient_norm: Tensor, *, calls: bool) -> bool:
-        """Share the step's losses among the workers, so that all stop together when one has to.
+    def share(self, step: int, gradient_norm: Tensor, *, calls: bool) -> _Shared:
+        """Share the step among the workers, so that all stop together when one has to.
 
         Args:
             step: That was done.
             gradient_norm: Its gradients'.
             calls: Whether this worker calls for a decision.
 
-        Returns:
-            Whether any worker does.
+        Raises:
+            DivergedError: A loss or the gradient is not finite.
         """
-        names = list(self._micro_losses[0])
-        count = len(self._micro_losses)
-        sums = [torch.stack([losses[name] for losses in self._micro_losses]).sum() / count for name in names]
-        counted = torch.tensor([self._bad_this_step, calls], dtype=torch.float32, device=sums[0].device)
+        names = list(self._losses[0])
+        sums = [torch.stack([losses[name] for losses in self._losses]).sum() / len(self._losses) for name in names]
+        counted = torch.tensor([len(self._bad), calls], dtype=torch.float32, device=sums[0].device)
         shared = torch.cat([torch.stack([*sums, gradient_norm]).float(), counted])
         *means, norm, bad, called = (sum_over_workers(shared) / world_size()).tolist()
         if not np.isfinite([*means, norm]).all():
@@ -211,7 +223,38 @@ class _Tally:
             values = ", ".join(f"{name}={value:g}" for name, value in everything)
             what = "the gradient" if np.isfinite(means).all() else "a loss"
             raise DivergedError(f"step {step}: {what} is not finite ({values}); image ids of the batch: {culprits}")
-        self.bad_samples += round(bad * world_size())
+        return _Shared(dict(zip(names, means, strict=True)), round(bad * world_size()), self._bad, called > 0)
+
+
+class _Tally:
+    """Losses and times of the steps since they were last told of, and the unusable samples of all."""
+
+    def __init__(self, settings: LoopSettings, samples: int, max_bad_samples: float, progress: Progress) -> None:
+        self._settings = settings
+        self._samples = samples
+        self._max_bad_samples = max_bad_samples
+        self.bad_samples = progress.bad_samples
+        self._bad_here: list[str] = []
+        self._losses: dict[str, float] = {}
+        self._steps = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Whose time is that of waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def add(self, step: int, shared: _Shared) -> None:
+        """Count a step that was done.
+
+        Raises:
+            JobError: More samples are unusable than may be.
+        """
+        self.bad_samples += shared.bad_samples
+        self._bad_here += shared.bad_here[: 5 - len(self._bad_here)]
         allowed = self._max_bad_samples * max(self._samples, step * self._settings.batch_size)
         if self.bad_samples > allowed:
             named = from_all_workers(self._bad_here)
@@ -219,11 +262,9 @@ class _Tally:
                 f"step {step}: {self.bad_samples} unusable samples, more than the {allowed:g} that "
                 f"stream.max_bad_samples={self._max_bad_samples:g} allows; first: {'; '.join(map(str, named[:5]))}"
             )
-        for name, mean in zip(names, means, strict=True):
+        for name, mean in shared.losses.items():
             self._losses[name] = self._losses.get(name, 0.0) + mean
         self._steps += 1
-        self._micro_losses, self._image_ids, self._bad_this_step = [], [], 0
-        return bool(called > 0)
 
     def means(self) -> dict[str, float]:
         """Mean losses and rates since the last call."""
