@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -19,10 +19,22 @@ _MAX_DEPTH = 64  # far below where Python's own recursion ends
 _SHOWN = 80
 
 Document = TypeVar("Document")
+ListOfParts = TypeVar("ListOfParts", bound="Manifest")
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6,9}$")]  # part of a URL: no other is followed
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+@runtime_checkable
+class Manifest(Protocol):
+    """A dataclass, a document's record, that lists the parts of something."""
+
+    def names(self) -> list[str]:
+        """Of the parts."""
+
+    def totals(self) -> dict[str, int]:
+        """Of the parts together; written beside them, so that a manifest that lost one can be told."""
 
 
 def document_text(value: object) -> str:
@@ -91,6 +103,35 @@ def parse_fields(record: type[Document], raw: dict[str, Any]) -> Document:
     except ValidationError as error:
         found = [f"{'.'.join(map(str, each['loc']))}: {each['msg'].lower()}" for each in error.errors()]
         raise UsageError(f"{'; '.join(found[:3])}{'; ...' if len(found) > 3 else ''}") from error
+
+
+def parse_manifest(
+    record: type[ListOfParts], text: bytes | str, expected_format: str, newest_version: int, *, again: str
+) -> ListOfParts:
+    """A manifest from its file: fields, totals and what it says that it is.
+
+    Args:
+        record: As `parse_fields` takes it.
+        text: Of the file.
+        expected_format: As `parse_versioned`.
+        newest_version: As `parse_versioned`.
+        again: What to do about a damaged one.
+
+    Raises:
+        UsageError: Something else's or a newer version's; or damaged: a field, a name that is there twice, totals.
+    """
+    raw = parse_versioned(text, expected_format, newest_version)
+    totals = raw.pop("totals", None)
+    del raw["format"]
+    try:
+        manifest = parse_fields(record, raw)
+        if len(set(names := manifest.names())) != len(names):
+            raise UsageError(f"two parts are named {next(name for name in names if names.count(name) > 1)}")
+        if totals != manifest.totals():
+            raise UsageError(f"its totals are {short(totals)}, its parts' {manifest.totals()}")
+    except UsageError as error:
+        raise UsageError(f"a damaged manifest: {error}; {again}") from error
+    return manifest
 
 
 def read_document(url: str) -> bytes:

@@ -27,9 +27,9 @@ from freesolo.data.documents import (
     differences,
     document_text,
     parse_fields,
+    parse_manifest,
     parse_versioned,
     read_document,
-    short,
 )
 from freesolo.data.label_table import ImageLabels, LabelFileError, LabelledInstance, decode_labels, encode_labels
 from freesolo.data.shards import DatasetManifest, ShardInfo, shard_index
@@ -151,7 +151,7 @@ class LabelManifest:
 
     def to_json(self) -> str:
         """The manifest's file: the same text for the same manifest."""
-        return document_text(self._raw() | {"totals": self._totals()})
+        return document_text(self._raw() | {"totals": self.totals()})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> LabelManifest:
@@ -160,21 +160,14 @@ class LabelManifest:
         Raises:
             UsageError: Not a label set's manifest, or a newer format's.
         """
-        raw = parse_versioned(text, FORMAT, FORMAT_VERSION)
-        totals = raw.pop("totals", None)
-        del raw["format"]
-        try:
-            manifest = parse_fields(cls, raw)
-            names = [file.name for file in manifest.files]
-            if len(set(names)) != len(names):
-                raise UsageError(f"two files are named {next(name for name in names if names.count(name) > 1)}")
-            if totals != manifest._totals():
-                raise UsageError(f"its totals are {short(totals)}, its files' {manifest._totals()}")
-        except UsageError as error:
-            raise UsageError(f"a damaged manifest: {error}; make the label set again") from error
-        return manifest
+        return parse_manifest(cls, text, FORMAT, FORMAT_VERSION, again="make the label set again")
 
-    def _totals(self) -> dict[str, int]:
+    def names(self) -> list[str]:
+        """Of the files."""
+        return [file.name for file in self.files]
+
+    def totals(self) -> dict[str, int]:
+        """Of the files together."""
         return {"images": self.images, "instances": self.instances, "unreadable": self.unreadable}
 
     def _raw(self) -> dict[str, Any]:

@@ -31,11 +31,9 @@ from freesolo.data.documents import (
     ShardName,
     canonical_digest,
     document_text,
-    parse_fields,
     parse_json,
-    parse_versioned,
+    parse_manifest,
     read_document,
-    short,
 )
 from freesolo.data.photos import file_extension
 from freesolo.data.tar_members import DAMAGED, Member, read_members
@@ -144,7 +142,7 @@ class DatasetManifest:
 
     def to_json(self) -> str:
         """The manifest's file: the same text for the same manifest."""
-        return document_text(self._raw() | {"totals": self._totals()})
+        return document_text(self._raw() | {"totals": self.totals()})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> DatasetManifest:
@@ -153,21 +151,14 @@ class DatasetManifest:
         Raises:
             UsageError: Not a data set's manifest, or a newer format's.
         """
-        raw = parse_versioned(text, FORMAT, FORMAT_VERSION)
-        totals = raw.pop("totals", None)
-        del raw["format"]
-        try:
-            manifest = parse_fields(cls, raw)
-            names = [shard.name for shard in manifest.shards]
-            if len(set(names)) != len(names):
-                raise UsageError(f"two shards are named {next(name for name in names if names.count(name) > 1)}")
-            if totals != manifest._totals():
-                raise UsageError(f"its totals are {short(totals)}, its shards' {manifest._totals()}")
-        except UsageError as error:
-            raise UsageError(f"a damaged manifest: {error}; pack the data set again") from error
-        return manifest
+        return parse_manifest(cls, text, FORMAT, FORMAT_VERSION, again="pack the data set again")
 
-    def _totals(self) -> dict[str, int]:
+    def names(self) -> list[str]:
+        """Of the shards."""
+        return [shard.name for shard in self.shards]
+
+    def totals(self) -> dict[str, int]:
+        """Of the shards together."""
         return {"samples": self.samples, "bytes": sum(shard.bytes for shard in self.shards)}
 
     def _raw(self) -> dict[str, Any]:

@@ -81,10 +81,6 @@ class SoloTask(nn.Module):
         self.segmenter.initialise(generator)
         return self
 
-    def after_step(self, step: int) -> None:
-        """Nothing: all that SOLO keeps between steps are its parameters."""
-        del step
-
 
 def concatenate(batches: Sequence[SegmentationBatch]) -> SegmentationBatch:
     """Several batches as one, their images in order.

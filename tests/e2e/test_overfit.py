@@ -106,7 +106,6 @@ def train(task: SoloTask, batch: SegmentationBatch) -> None:
         torch.nn.utils.clip_grad_norm_(task.parameters(), 35.0)
         optimizer.step()
         schedule.step()
-        task.after_step(step)
         if step % 20 == 0 or step == STEPS - 1:
             shown = ", ".join(f"{name} {loss.item():.4f}" for name, loss in losses.items())
             print(f"step {step}: {shown}, {time.monotonic() - started:.0f} s", flush=True)  # noqa: T201

@@ -441,10 +441,10 @@ MANIFEST = some_manifest(ShardInfo("shard-000000", 3, 10, A), ShardInfo("shard-0
     ("old", "new", "complaint"),
     [
         ('"name": "shard-000001"', '"name": "../../shard-000001"', r"shards\.1\.name: string should match"),
-        ('"name": "shard-000001"', '"name": "shard-000000"', "two shards are named shard-000000"),
+        ('"name": "shard-000001"', '"name": "shard-000000"', "two parts are named shard-000000"),
         ('"samples": 2', '"samples": -2', r"shards\.1\.samples: input should be greater"),
         ('"samples": 2', '"samples": 2.0', r"shards\.1\.samples: input should be a valid integer"),
-        ('"samples": 2', '"samples": 3', "its totals are .*'samples': 5.*, its shards' .*'samples': 6"),
+        ('"samples": 2', '"samples": 3', "its totals are .*'samples': 5.*, its parts' .*'samples': 6"),
         ('"samples": 2', f'"samples": {10**400}', "shards.1.samples"),
         ('"samples": 2', '"samples": NaN', "NaN is not a number"),
         (f'"sha256": "{B}"', '"sha256": "BB"', r"shards\.1\.sha256: string should match"),

@@ -186,10 +186,3 @@ def test_views_of_different_extents_are_refused():
 def test_no_views_are_refused():
     with pytest.raises(ValueError, match="no views"):
         task()((), 0)
-
-
-def test_after_a_step_nothing_has_changed():
-    one = task()
-    before = {name: value.clone() for name, value in one.state_dict().items()}
-    one.after_step(3)
-    assert all(torch.equal(before[name], value) for name, value in one.state_dict().items())
