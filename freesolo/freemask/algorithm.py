@@ -20,12 +20,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
+from freesolo.ops.gram import gram
 from freesolo.ops.masks import Projections, areas, resize_masks_soft
 from freesolo.ops.nms import matrix_nms
 from freesolo.settings import FreeMaskSettings
 
 # Cosine similarities that differ by less are one value and float32's rounding: a mask made of them would be noise.
 _FLAT_SIMILARITY = 1e-5
+_SHORTEST = 1e-12  # of a vector that is divided by its length
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,57 +79,68 @@ def free_masks(
         raise ValueError(f"{len(image_sizes)} image sizes for {features.shape[0]} feature maps")
     # bfloat16 similarities, as autocast would make them, are too coarse to normalise and to threshold.
     with torch.no_grad(), torch.autocast(device_type=features.device.type, enabled=False):
-        features = features.float()
-        queries = _queries(features, settings.query_scales)
         # One image at a time: its Q x h x w similarities are the largest tensors of the extraction.
-        return [
-            _masks_of_image(features[image], queries[image], image_sizes[image], settings)
-            for image in range(features.shape[0])
-        ]
-
-
-def _queries(features: Float[Tensor, "B E h w"], scales: Sequence[float]) -> Float[Tensor, "B Q E"]:
-    """The map at each scale, flattened; a scale that leaves less than a cell leaves one."""
-    height, width = features.shape[-2:]
-    pyramid = []
-    for scale in scales:
-        size = (max(1, int(height * scale)), max(1, int(width * scale)))
-        level = functional.interpolate(features, size=size, mode="bilinear", align_corners=False)
-        pyramid.append(level.flatten(2))
-    return torch.cat(pyramid, dim=2).transpose(1, 2)
+        return [_masks_of_image(one, size, settings) for one, size in zip(features.float(), image_sizes, strict=True)]
 
 
 def _masks_of_image(
-    features: Float[Tensor, "E h w"],
-    queries: Float[Tensor, "Q E"],
-    image_size: tuple[int, int],
-    settings: FreeMaskSettings,
+    features: Float[Tensor, "E h w"], image_size: tuple[int, int], settings: FreeMaskSettings
 ) -> FreeMasks:
-    soft, flat = _soft_masks(features, queries)
+    soft, flat = _soft_masks(features, settings.query_scales)
     coarse = soft > settings.mask_threshold
     area = areas(coarse)
-    valid = (area > 1) & ~flat
-    # A dropped query stays as an empty mask, which overlaps none and scores 0: its removal would wait for the device.
-    coarse = coarse & valid[:, None, None]
     maskness = (soft * coarse).sum(dim=(1, 2)) / area.clamp(min=1)
-    scores = matrix_nms(coarse, maskness, torch.zeros_like(area), sigma=settings.nms_sigma)
+    # No mask is scored above its maskness, nor is one decayed by what is scored below it: those that will be dropped
+    # for their score may be dropped here, before pairs are looked at.
+    query_index = ((area > 1) & ~flat & (maskness >= settings.min_maskness)).nonzero()[:, 0]
+    soft, coarse, maskness = soft[query_index], coarse[query_index], maskness[query_index]
+    scores = matrix_nms(coarse, maskness, torch.zeros_like(query_index), sigma=settings.nms_sigma)
 
     best = scores.argsort(descending=True, stable=True)[: settings.max_instances]
+    best = best[scores[best] >= settings.min_maskness]
+    query_index = query_index[best]
     masks = resize_masks_soft(soft[best], *image_size) > settings.mask_threshold
-    found = FreeMasks(masks, scores[best], _embeddings(queries[best], settings.embedding_channels), best)
-    return found[valid[best] & (found.scores >= settings.min_maskness) & _plausible(masks, settings)]
+    embeddings = _embeddings(features, settings.query_scales, settings.embedding_channels)[query_index]
+    return FreeMasks(masks, scores[best], embeddings, query_index)[_plausible(masks, settings)]
 
 
 def _soft_masks(
-    features: Float[Tensor, "E h w"], queries: Float[Tensor, "Q E"]
+    features: Float[Tensor, "E h w"], scales: Sequence[float]
 ) -> tuple[Float[Tensor, "Q h w"], Bool[Tensor, " Q"]]:
     """Cosine similarity of each query to each cell, stretched to [0, 1]; and which queries are alike to all cells."""
-    keys = functional.normalize(features, dim=0).flatten(1)
-    similarity = functional.normalize(queries, dim=1) @ keys
-    lowest, highest = similarity.aminmax(dim=1, keepdim=True)
-    spread = highest - lowest
-    soft = (similarity - lowest) / spread.clamp(min=_FLAT_SIMILARITY)
-    return soft.view(-1, *features.shape[1:]), spread[:, 0] < _FLAT_SIMILARITY
+    height, width = features.shape[1:]
+    products = _products(features, scales)
+    # A query is a mean of cells, so its product with itself is the same mean of its products with them.
+    own = [_at_scale(level, scale).flatten(1).diagonal() for level, scale in zip(products, scales, strict=True)]
+    query_lengths = torch.cat(own).clamp(min=_SHORTEST**2).sqrt()[:, None]
+    soft = torch.cat(products).flatten(1)
+    soft /= features.flatten(1).norm(dim=0).clamp(min=_SHORTEST)
+    lowest, highest = soft.aminmax(dim=1, keepdim=True)
+    # A query's length stretches its row, and so changes nothing but what is flat.
+    spread, least_spread = highest - lowest, _FLAT_SIMILARITY * query_lengths
+    soft -= lowest
+    soft /= spread.maximum(least_spread)
+    return soft.view(-1, height, width), (spread < least_spread)[:, 0]
+
+
+def _products(features: Float[Tensor, "E h w"], scales: Sequence[float]) -> list[Float[Tensor, "_ h w"]]:
+    """The dot products of the queries of each scale with all cells."""
+    height, width = features.shape[1:]
+    cells = features.flatten(1).T.contiguous()
+    if 1.0 not in scales:
+        return [(_at_scale(features, scale).flatten(1).T @ cells.T).view(-1, height, width) for scale in scales]
+    # What is resized is the same if it is multiplied first.
+    of_cells = gram(cells).view(-1, height, width)
+    return [_at_scale(of_cells, scale).flatten(1).T.reshape(-1, height, width) for scale in scales]
+
+
+def _at_scale(features: Float[Tensor, "C h w"], scale: float) -> Float[Tensor, "C _ _"]:
+    """A map, resized; a scale that leaves less than a cell leaves one."""
+    height, width = features.shape[1:]
+    size = (max(1, int(height * scale)), max(1, int(width * scale)))
+    if size == (height, width):
+        return features
+    return functional.interpolate(features[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def _plausible(masks: Bool[Tensor, "N H W"], settings: FreeMaskSettings) -> Bool[Tensor, " N"]:
@@ -145,6 +158,9 @@ def _plausible(masks: Bool[Tensor, "N H W"], settings: FreeMaskSettings) -> Bool
     return plausible
 
 
-def _embeddings(queries: Float[Tensor, "N E"], channels: int) -> Float[Tensor, "N D"]:
-    resized = functional.interpolate(queries[:, None], size=channels, mode="linear", align_corners=False)
-    return functional.normalize(resized[:, 0], dim=1)
+def _embeddings(features: Float[Tensor, "E h w"], scales: Sequence[float], channels: int) -> Float[Tensor, "Q D"]:
+    """The queries, resized to D channels: first, because that makes less of what the scales resize."""
+    cells = functional.interpolate(features.flatten(1).T[:, None], size=channels, mode="linear", align_corners=False)
+    resized = cells[:, 0].T.unflatten(1, features.shape[1:])
+    queries = torch.cat([_at_scale(resized, scale).flatten(1).T for scale in scales])
+    return functional.normalize(queries, dim=1)

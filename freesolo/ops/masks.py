@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn import functional
 
+from freesolo.ops.gram import gram
 from freesolo.ops.mask_storage import Rle, rle_pixels
 
 _NO_OVERFLOW = 255
@@ -88,7 +89,7 @@ def mask_iou(first: Bool[Tensor, "N ..."], second: Bool[Tensor, "M ..."]) -> Flo
     with torch.autocast(device_type=first.device.type, enabled=False):
         flat_first = first.flatten(1).float()
         flat_second = flat_first if second is first else second.flatten(1).float()
-        intersection = flat_first @ flat_second.T
+        intersection = gram(flat_first) if second is first else flat_first @ flat_second.T
         union = flat_first.sum(dim=1)[:, None] + flat_second.sum(dim=1)[None, :] - intersection
         return intersection / union.clamp(min=1.0)
 

@@ -45,8 +45,9 @@ def matrix_nms(
     iou = (mask_iou(sorted_masks, sorted_masks) * same_category).triu(diagonal=1)
     compensate = iou.amax(dim=0)[:, None]
     # A pair that does not count has IoU 0, a ratio of 1 or more; row 0 has compensate 0, so the minimum is at most 1.
+    # The least of the exponentials is that of the greatest exponent: one exponential a mask, and not one a pair.
     if kernel == "gaussian":
-        decay = torch.exp(-sigma * (iou.square() - compensate.square())).amin(dim=0)
+        decay = torch.exp(-sigma * (iou.square() - compensate.square()).amax(dim=0))
     else:
         # A mask with an exact duplicate before it (compensate 1) divides by 0. Clamped, it suppresses no more than that
         # duplicate does: the ratio is huge, or 0 for yet another duplicate.
