@@ -70,8 +70,8 @@ $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 # Two files at a time, each in a process that starts a cluster and servers for it; by name, so that end-to-end is first.
 QUICK := -m "not slow and not trainings and not gpu and not chaos" -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) chromium  ## The tests (about 14 minutes on 2 cores)
-	@echo "test: about 14 minutes on 2 cores"
+test: $(READY) chromium  ## The tests (about 15 minutes on 2 cores)
+	@echo "test: about 15 minutes on 2 cores"
 	$(BIN)/python -m pytest $(QUICK) --durations=25
 
 test-trainings: $(READY)  ## Several trainings each: losses of workers, sweeps, fine-tuning (about 30 minutes on 2 cores)

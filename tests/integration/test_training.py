@@ -207,6 +207,7 @@ def test_a_run_that_lost_too_many_workers_goes_on_when_it_is_submitted_again(sce
     assert all(len(set(used[3 * n] + used[3 * n + 1] + used[3 * n + 2])) == SCENES for n in range(6))
 
 
+@pytest.mark.trainings
 def test_a_bad_loss_stops_a_training_and_names_its_batch(scenes: str, tmp_path: Path) -> None:
     """A learning rate that leaves no weight finite: the run ends with an error, and is not started again and again."""
     exploding = solo_job(scenes, steps=8, optimizer={"learning_rate": 1.0e30})
