@@ -22,7 +22,7 @@ from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     *IGNORE_WARNINGS_OF_RAY_TRAIN,
 ]
 

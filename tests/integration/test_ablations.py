@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.trainings,
     pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     *IGNORE_WARNINGS_OF_RAY_TRAIN,
 ]
 

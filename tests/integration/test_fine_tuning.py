@@ -20,7 +20,7 @@ from freesolo.data.scenes import compose_scenes
 from freesolo.data.shards import read_dataset_manifest, read_shard
 from freesolo.errors import JobError, UsageError
 from freesolo.fine_tuning import fine_tune_stage
-from freesolo.jobs import predict_stage, train_stage
+from freesolo.jobs import predict_held_out, train_stage
 from freesolo.models.download import sha256_of_file
 from freesolo.models.model_file import load_model, save_model
 from freesolo.registry.versions import register_segmenter
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.trainings,
     pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     *IGNORE_WARNINGS_OF_RAY_TRAIN,
 ]
 
@@ -125,14 +125,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(labelled: str, hel
     assert list_files(folder.run_url) == []
 
 
-def ends_at_the_second(stage: Callable[..., StageResult]) -> Callable[..., StageResult]:
-    """A stage that cannot be done a second time."""
+def ends_at_the_second(work: Callable[..., Any]) -> Callable[..., Any]:
+    """What cannot be done a second time."""
     calls = itertools.count(1)
 
-    def ends(*arguments: Any, **keywords: Any) -> StageResult:
+    def ends(*arguments: Any, **keywords: Any) -> Any:
         if next(calls) == 2:
             raise JobError("the end of the first attempt")
-        return stage(*arguments, **keywords)
+        return work(*arguments, **keywords)
 
     return ends
 
@@ -182,7 +182,7 @@ def test_starts_and_fractions_side_by_side(
     folder = StageFolder(str(tmp_path), "run", "fine-tuning")
     job = job_of(labelled, held_out, f"starts={{FreeSOLO: {freesolo_model}, nothing: null}}", "train.loop.steps=2")
     with monkeypatch.context() as patch:
-        patch.setattr("freesolo.fine_tuning.predict_stage", ends_at_the_second(predict_stage))
+        patch.setattr("freesolo.fine_tuning.predict_held_out", ends_at_the_second(predict_held_out))
         with pytest.raises(JobError, match="the end of the first attempt"):
             fine_tune_stage(job, folder)
     models = {path: path.stat().st_mtime_ns for path in Path(folder.run_url).glob("train-*/model.pt")}

@@ -30,7 +30,7 @@ from tests.small import small_solo
 
 pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     *IGNORE_WARNINGS_OF_RAY_TRAIN,
 ]
 

@@ -26,7 +26,7 @@ from tests.sweeps import RATES, last_loss, pack_scenes, tune_job
 pytestmark = [
     pytest.mark.trainings,
     pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     *IGNORE_WARNINGS_OF_RAY_TRAIN,
 ]
 OF_A_TRIAL = ("metrics.jsonl", "model.pt", "result.json", "stopped.json")
