@@ -47,7 +47,7 @@ def contrastive_view(
     Source: MoCo v2 (arXiv:2003.04297) sec. 3, in its order.
 
     Args:
-        pixels: Crops, `data.crops.random_resized_crop`'s; B may be 0.
+        pixels: Crops, `data.crops.cut`'s; B may be 0.
         settings: Strengths and probabilities.
         generator: Best on the CPU: then the view is the same whatever device the pixels are on.
     """

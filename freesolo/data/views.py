@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxtyping import Bool
 from PIL import Image
 
 from freesolo.data.coco import sample_labels, without_masks
-from freesolo.data.crops import random_resized_crop
+from freesolo.data.crops import cut, random_box, scaled_box
 from freesolo.data.labels import ImageLabels, LabelledInstance
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import Sample
@@ -60,19 +61,20 @@ class ContrastiveView:
 
     def row(self, sample: Sample, labels: ImageLabels | None, random: np.random.Generator) -> Row:
         """Both crops of one photo as raw RGB bytes."""
-        # Decoding at a reduced size is exact enough when a crop of the smallest scale still has `size` pixels a side.
-        smallest_crop_side = self.settings.crop_scale[0] ** 0.5
+        size = self.settings.size
+        boxes = [random_box(sample.height, sample.width, self.settings.crop_scale, random) for _ in range(2)]
+        # Decoding at a reduced size is exact enough where both crops still have `size` pixels a side.
+        narrowest = min(side for _, _, width, height in boxes for side in (width, height))
         try:
             image = decode_photo(
                 sample.image_bytes,
-                min_short_side=round(self.settings.size / smallest_crop_side),
+                min_short_side=math.ceil(min(sample.height, sample.width) * size / narrowest),
                 size=(sample.height, sample.width),
             )
         except PhotoError as error:
             return {"key": sample.key, "error": str(error)}
-        size, scale = self.settings.size, self.settings.crop_scale
-        query_crop = random_resized_crop(image, size, scale, random)
-        key_crop = random_resized_crop(image, size, scale, random)
+        reduced = partial(scaled_box, size=(sample.height, sample.width), scaled_size=image.shape[:2])
+        query_crop, key_crop = (cut(image, reduced(box), size) for box in boxes)
         return {
             "key": sample.key,
             "image_id": sample.image_id,
@@ -121,8 +123,11 @@ class SegmentationView:
         labels = labels or self._own_labels(sample)
         short_side = int(random.choice(self.settings.short_sides))
         flip = random.random() < self.settings.flip_probability
+        height, width = resized_size(sample.height, sample.width, short_side, self.settings.long_side_max)
         try:
-            image = decode_photo(sample.image_bytes, min_short_side=short_side, size=(sample.height, sample.width))
+            image = decode_photo(
+                sample.image_bytes, min_short_side=min(height, width), size=(sample.height, sample.width)
+            )
         except PhotoError as error:
             return {"key": sample.key, "error": str(error)}
         if labels.error:
@@ -134,7 +139,6 @@ class SegmentationView:
             }
         if self.category_ids and any(each.category_id >= len(self.category_ids) for each in labels.instances):
             return {"key": sample.key, "error": f"its labels have a category beyond the {len(self.category_ids)} known"}
-        height, width = resized_size(sample.height, sample.width, short_side, self.settings.long_side_max)
         pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
         masks = self._masks(labels, height, width)
         kept = np.asarray(masks.any(axis=(1, 2)))

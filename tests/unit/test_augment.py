@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 
 from freesolo.data.augment import contrastive_view, host_generator, strong_view
 from freesolo.data.colour import blend, gaussian_blur, grayscale, shift_hue
-from freesolo.data.crops import random_resized_crop
+from freesolo.data.crops import cut, random_box
 from freesolo.ops.images import IMAGENET_MEAN, IMAGENET_STD
 from freesolo.settings import SegmentationViewSettings, ViewSettings
 from freesolo.types import ImageBatch
@@ -343,11 +343,15 @@ def position_image(height: int, width: int) -> np.ndarray:
     return np.stack([rows * 255 / height, columns * 255 / width, np.full_like(rows, 255)], axis=2).astype(np.uint8)
 
 
+def random_crop(image: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    return cut(image, random_box(*image.shape[:2], scale, rng), size)
+
+
 def test_crops_are_of_the_asked_scale_and_ratio():
     image, rng = position_image(300, 400), np.random.default_rng(0)
     spans = []
     for _ in range(200):
-        crop = random_resized_crop(image, 32, (0.2, 1.0), rng)
+        crop = random_crop(image, 32, (0.2, 1.0), rng)
         assert crop.shape == (32, 32, 3)
         assert crop.dtype == np.uint8
         assert (crop[..., 2] == 255).all()
@@ -364,9 +368,7 @@ def test_crops_are_of_the_asked_scale_and_ratio():
 
 def test_crops_are_their_generators():
     image = position_image(50, 60)
-    first, again, other = (
-        random_resized_crop(image, 16, (0.2, 1.0), np.random.default_rng(seed)) for seed in (3, 3, 4)
-    )
+    first, again, other = (random_crop(image, 16, (0.2, 1.0), np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -376,12 +378,12 @@ def test_a_very_long_image_gives_its_middle():
     image = np.zeros((12, 120, 3), np.uint8)
     image[:, 52:68] = 200
     for picture in (image, image.transpose(1, 0, 2)):
-        crop = random_resized_crop(picture, 8, (1.0, 1.0), np.random.default_rng(0))
+        crop = random_crop(picture, 8, (1.0, 1.0), np.random.default_rng(0))
         assert (crop == 200).all()
 
 
 def test_a_crop_of_one_pixel():
-    crop = random_resized_crop(np.full((1, 1, 3), 9, np.uint8), 4, (0.2, 1.0), np.random.default_rng(0))
+    crop = random_crop(np.full((1, 1, 3), 9, np.uint8), 4, (0.2, 1.0), np.random.default_rng(0))
     assert (crop == 9).all()
 
 
@@ -395,7 +397,7 @@ def test_crops_are_resized_as_torch_does_with_antialiasing():
         align_corners=False,
         antialias=True,
     )[0]
-    found = random_resized_crop(image, 20, (1.0, 1.0), np.random.default_rng(0))
+    found = random_crop(image, 20, (1.0, 1.0), np.random.default_rng(0))
     assert (torch.from_numpy(found.copy()).permute(2, 0, 1) - expected).abs().max() <= 1.0
 
 
