@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from freesolo.data.views import ContrastiveView, Row, SegmentationView
-from freesolo.ops.images import pad_to_batch
-from freesolo.ops.masks import unpack_masks
+from freesolo.ops.mask_storage import packed_bytes, unpack_masks
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 
 
@@ -49,35 +49,38 @@ def collate_crops(view: ContrastiveView, rows: Sequence[Row]) -> CropPair:
 
 def collate_photos(view: SegmentationView, rows: Sequence[Row]) -> SegmentationBatch:
     """Usable rows of a view, at least one; photos and masks padded to one extent of multiples of `size_divisor`."""
-    pixels, sizes = pad_to_batch([_pixels(row) for row in rows], view.settings.size_divisor)
-    batch = ImageBatch(pixels, sizes, tuple(row["image_id"] for row in rows))
     counts = [len(row["scores"]) for row in rows]
-    masks = torch.zeros(sum(counts), *pixels.shape[-2:], dtype=torch.bool)
-    offset = 0
-    for row, count in zip(rows, counts, strict=True):
-        masks[offset : offset + count, : row["height"], : row["width"]] = _masks(row, count)
-        offset += count
-    embeddings = np.frombuffer(b"".join(row["embeddings"] for row in rows), np.float16)
-    instances = Instances(
-        image_index=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)),
-        masks=masks,
-        category_ids=torch.tensor([c for row in rows for c in row["category_ids"]], dtype=torch.int64),
-        scores=torch.tensor([score for row in rows for score in row["scores"]], dtype=torch.float32),
-        embeddings=torch.from_numpy(embeddings.astype(np.float32)).view(sum(counts), view.embedding_channels),
+    divisor = view.settings.size_divisor
+    height, width = (-(-max(row[side] for row in rows) // divisor) * divisor for side in ("height", "width"))
+    pixels = np.zeros((len(rows), 3, height, width), np.uint8)
+    masks = np.zeros((sum(counts), height, width), bool)
+    first = 0
+    for image, row, count in zip(pixels, rows, counts, strict=True):
+        inside = slice(row["height"]), slice(row["width"])
+        image[:, *inside] = _pixels(row["pixels"], row["height"], row["width"]).transpose(2, 0, 1)
+        packed = np.frombuffer(row["masks"], np.uint8).reshape(count, packed_bytes(row["height"], row["width"]))
+        masks[first : first + count, *inside] = unpack_masks(packed, row["height"], row["width"])
+        first += count
+    embeddings = np.concatenate([np.frombuffer(row["embeddings"], np.float16) for row in rows])
+    sizes = torch.tensor([[row["height"], row["width"]] for row in rows], dtype=torch.int64)
+    return SegmentationBatch(
+        images=ImageBatch(torch.from_numpy(pixels), sizes, tuple(row["image_id"] for row in rows)),
+        instances=Instances(
+            image_index=torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)),
+            masks=torch.from_numpy(masks),
+            category_ids=torch.tensor([c for row in rows for c in row["category_ids"]], dtype=torch.int64),
+            scores=torch.tensor([score for row in rows for score in row["scores"]], dtype=torch.float32),
+            embeddings=torch.from_numpy(embeddings.astype(np.float32)).view(sum(counts), view.embedding_channels),
+        ),
     )
-    return SegmentationBatch(batch, instances)
 
 
-def _stacked(crops: list[bytes], size: int) -> UInt8[Tensor, "B 3 S S"]:
-    pixels = np.frombuffer(b"".join(crops), np.uint8).reshape(len(crops), size, size, 3)
-    return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
+def _stacked(crops: Sequence[bytes | pa.Buffer], size: int) -> UInt8[Tensor, "B 3 S S"]:
+    pixels = np.empty((len(crops), 3, size, size), np.uint8)
+    for image, crop in zip(pixels, crops, strict=True):
+        image[...] = _pixels(crop, size, size).transpose(2, 0, 1)
+    return torch.from_numpy(pixels)
 
 
-def _pixels(row: Row) -> UInt8[Tensor, "3 H W"]:
-    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
-
-
-def _masks(row: Row, count: int) -> Bool[Tensor, "N H W"]:
-    packed = np.frombuffer(row["masks"], np.uint8).reshape(count, (row["height"] * row["width"] + 7) // 8)
-    return unpack_masks(torch.from_numpy(packed.copy()), row["height"], row["width"])
+def _pixels(data: bytes | pa.Buffer, height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayTaskError
 
+from freesolo.data.ahead import made_ahead
 from freesolo.data.files import join
 from freesolo.data.labels import LabelSet
 from freesolo.data.lease import held
@@ -57,6 +58,8 @@ from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 BLOCK_BYTES = 4 * 2**20
 # Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
 PIECES_PER_EXECUTION = 2000
+# Put together and waiting for the step that is under way.
+BATCHES_AHEAD = 1
 
 AnyView = TypeVar("AnyView", bound=View)
 Batch = TypeVar("Batch")
@@ -124,10 +127,17 @@ class TrainingStream(Generic[AnyView, Batch]):
     ) -> Iterator[StreamBatch[Batch]]:
         """The batches of one worker for the next `steps` steps: `steps * accumulation_steps` of them.
 
+        They are put together in a thread, the next one while this one is used.
+
         Raises:
             JobError: A shard or label file cannot be read at all, an epoch is seen to have no usable sample or more
                 unusable ones than may be met, or shared memory is full.
         """
+        return made_ahead(self._batches(state, steps, worker, workers), BATCHES_AHEAD)
+
+    def _batches(
+        self, state: StreamState, steps: int, worker: int, workers: int
+    ) -> Generator[StreamBatch[Batch], None, None]:
         rows_per_batch = self.batch_size // workers // self.accumulation_steps
         spans = partial(
             worker_spans, state, self.samples, steps=steps, batch_size=self.batch_size, worker=worker, workers=workers
@@ -156,7 +166,7 @@ class TrainingStream(Generic[AnyView, Batch]):
                     for table in dataset.iter_batches(
                         batch_size=self.batch_size, batch_format="pyarrow", prefetch_batches=self.prefetch_batches
                     ):
-                        yield from table.to_pylist()
+                        yield from _rows_of(table)
             except RayTaskError as error:
                 raise cause_of(error) from None
 
@@ -347,6 +357,16 @@ def _as_they_are_done(asked: Sequence[ray.ObjectRef[Result]]) -> Iterator[tuple[
             yield numbers[done], ray.get(done)
         except RayTaskError as error:
             raise cause_of(error) from None
+
+
+def _rows_of(table: pa.Table) -> Iterator[Row]:
+    """Its rows; what is binary stays where it is, in Ray's shared memory, and comes as a buffer."""
+    columns = [
+        [value.as_buffer() for value in column] if pa.types.is_binary(column.type) else column.to_pylist()
+        for column in table.columns
+    ]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, values, strict=True))
 
 
 def _view_block(view: View, block: pa.Table) -> pa.Table:

@@ -165,10 +165,9 @@ class SegmentationView:
     def _masks(self, labels: ImageLabels, height: int, width: int) -> Bool[np.ndarray, "N H W"]:
         """Resized as the photo is."""
         resized = np.zeros((len(labels.instances), height, width), bool)
-        for index, instance in enumerate(labels.instances):
+        for row, instance in zip(resized, labels.instances, strict=True):
             mask = _filled_box(instance, labels) if self.boxes_alone else _mask(instance, labels)
-            soft = Image.fromarray(mask.view(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
-            resized[index] = np.asarray(soft) > 127
+            row[...] = resized_mask(mask, height, width)
         return resized
 
     def _embedding(self, embedding: np.ndarray) -> np.ndarray:
@@ -186,3 +185,32 @@ def _filled_box(instance: LabelledInstance, labels: ImageLabels) -> Bool[np.ndar
     box = np.zeros((labels.height, labels.width), bool)
     box[max(0, math.floor(y)) : math.ceil(y + height), max(0, math.floor(x)) : math.ceil(x + width)] = True
     return box
+
+
+def resized_mask(mask: Bool[np.ndarray, "H W"], height: int, width: int) -> Bool[np.ndarray, "H2 W2"]:
+    """A mask at another size: the pixels of which it covers more than half, where it is resized as photos are.
+
+    Only the part that holds it is worked on, which of most objects is small.
+    """
+    resized = np.zeros((height, width), bool)
+    if mask.any():
+        source_rows, rows, (top, bottom) = _part(mask.any(axis=1), height)
+        source_columns, columns, (left, right) = _part(mask.any(axis=0), width)
+        soft = Image.fromarray(mask[source_rows, source_columns].view(np.uint8) * 255).resize(
+            (columns.stop - columns.start, rows.stop - rows.start),
+            Image.Resampling.BILINEAR,
+            box=(left, top, right, bottom),
+        )
+        resized[rows, columns] = np.asarray(soft) > 127
+    return resized
+
+
+def _part(filled: Bool[np.ndarray, " n"], size: int) -> tuple[slice, slice, tuple[float, float]]:
+    """Of one axis: the pixels that new ones are made of, the new ones, and their edges, in px of the former."""
+    first, last = int(filled.argmax()), len(filled) - int(filled[::-1].argmax())
+    scale = len(filled) / size
+    reach = max(scale, 1.0)  # of Pillow's filter, to either side of a new pixel's centre
+    new = slice(max(0, math.floor((first - reach) / scale)), min(size, math.ceil((last + reach) / scale)))
+    start, stop = new.start * scale, new.stop * scale
+    old = slice(max(0, math.floor(start - reach)), min(len(filled), math.ceil(stop + reach)))
+    return old, new, (start - old.start, stop - old.start)

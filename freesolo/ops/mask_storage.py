@@ -123,6 +123,23 @@ def pack_masks(masks: Bool[np.ndarray, "N H W"]) -> UInt8[np.ndarray, "N bytes"]
     return np.packbits(masks.reshape(count, height * width), axis=1)
 
 
+def unpack_masks(packed: UInt8[np.ndarray, "N bytes"], height: int, width: int) -> Bool[np.ndarray, "N H W"]:
+    """The inverse of `pack_masks`.
+
+    Raises:
+        ValueError: If the bytes are not those of `height` x `width` masks.
+    """
+    if packed.shape[1] != packed_bytes(height, width):
+        raise ValueError(f"{packed.shape[1]} bytes a mask cannot be {height} x {width} pixels")
+    bits = np.unpackbits(packed, axis=1, count=height * width)
+    return bits.view(bool).reshape(len(packed), height, width)
+
+
+def packed_bytes(height: int, width: int) -> int:
+    """How many bytes a mask takes."""
+    return (height * width + 7) // 8
+
+
 def _as_text(rle: Rle) -> Rle:
     counts = rle["counts"]
     text = counts.decode("ascii") if isinstance(counts, bytes) else counts

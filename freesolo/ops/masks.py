@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Int32, Int64
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn import functional
@@ -121,19 +121,6 @@ def decode_rle(rles: Sequence[Rle], height: int, width: int) -> Bool[Tensor, "N 
         ValueError: If an encoding is of another size, or damaged.
     """
     return torch.from_numpy(rle_pixels(rles, height, width)).contiguous()
-
-
-def unpack_masks(packed: UInt8[Tensor, "N bytes"], height: int, width: int) -> Bool[Tensor, "N H W"]:
-    """The inverse of `mask_storage.pack_masks`, computed on the device that holds the bytes.
-
-    Raises:
-        ValueError: If the bytes are not those of `height` x `width` masks.
-    """
-    if packed.shape[1] != (height * width + 7) // 8:
-        raise ValueError(f"{packed.shape[1]} bytes a mask cannot be {height} x {width} pixels")
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    bits = (packed[:, :, None] >> shifts) & 1
-    return bits.flatten(1)[:, : height * width].bool().view(-1, height, width)
 
 
 def _count_rows(masks: Bool[Tensor, "N H W"]) -> Int32[Tensor, "N H"]:

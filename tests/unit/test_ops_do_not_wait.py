@@ -23,7 +23,6 @@ from freesolo.ops.masks import (
     boxes_xyxy,
     mask_iou,
     resize_masks_soft,
-    unpack_masks,
 )
 from freesolo.ops.nms import matrix_nms, point_nms
 
@@ -43,7 +42,6 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "centres_of_mass": lambda: Projections.of(masks()).centres_of_mass(),
     "mask_iou": lambda: mask_iou(masks(), masks()),
     "resize_masks_soft": lambda: resize_masks_soft(torch.zeros(3, 8, 8), 5, 6),
-    "unpack_masks": lambda: unpack_masks(torch.zeros(3, 8, dtype=torch.uint8), 8, 8),
     "matrix_nms gaussian": lambda: matrix_nms(masks(), torch.zeros(3), indices()),
     "matrix_nms linear": lambda: matrix_nms(masks(), torch.zeros(3), indices(), kernel="linear"),
     "point_nms": lambda: point_nms(torch.zeros(3, 1, 8, 8)),

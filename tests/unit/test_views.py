@@ -12,7 +12,7 @@ from freesolo.data import views
 from freesolo.data.crops import cut, random_box, scaled_box
 from freesolo.data.photos import decode_photo
 from freesolo.data.shards import Sample
-from freesolo.data.views import ContrastiveView
+from freesolo.data.views import ContrastiveView, resized_mask
 from freesolo.settings import ViewSettings
 
 SCALE = (0.2, 1.0)
@@ -76,3 +76,33 @@ def test_scaled_boxes_stay_inside() -> None:
         left, top, across, down = scaled_box(box, size=(height, width), scaled_size=(rows, columns))
         assert 0 <= left < left + across <= columns
         assert 0 <= top < top + down <= rows
+
+
+@pytest.mark.parametrize("size", [(48, 64), (30, 41), (97, 128), (5, 6), (1, 1)])
+def test_masks_are_resized_as_photos_are(size: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    height, width = size
+    wrong = 0
+    for _ in range(60):
+        mask = np.zeros((48, 64), bool)
+        top, left = random.integers(0, (48, 64))
+        down, across = random.integers(1, (48, 64))
+        mask[top : top + down, left : left + across] = (
+            random.random((48, 64))[top : top + down, left : left + across] > 0.3
+        )
+        soft = Image.fromarray(mask.view(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+        # What is covered to a half, give or take the last bit, may fall to either side.
+        wrong += int(
+            (resized_mask(mask, height, width) != (np.asarray(soft) > 127))[np.abs(np.asarray(soft) - 127.5) > 2].sum()
+        )
+    assert wrong == 0
+
+
+def test_no_mask_and_the_smallest_ones() -> None:
+    assert not resized_mask(np.zeros((4, 6), bool), 8, 12).any()
+    dot = np.zeros((4, 6), bool)
+    dot[3, 5] = True
+    assert resized_mask(dot, 4, 6).tolist() == dot.tolist()
+    assert resized_mask(dot, 8, 12).sum() == 4, "one of its pixels is four of half the size"
+    assert not resized_mask(dot, 2, 3).any(), "a quarter of a pixel is none"
+    assert resized_mask(np.ones((4, 6), bool), 7, 5).all()
