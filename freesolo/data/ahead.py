@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
-from contextlib import closing, suppress
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 
 Item = TypeVar("Item")
-
-_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,44 +19,43 @@ class _End:
     error: BaseException | None = None
 
 
-def made_ahead(items: Generator[Item, None, None], count: int) -> Iterator[Item]:
+def made_ahead(items: Generator[Item, None, None], count: int) -> Generator[Item, None, None]:
     """The same items in the same order, each made while those before it are used.
 
-    The generator runs in a thread of its own, and is closed in it: when it ends, or soon after this iterator is closed.
+    The generator runs in a thread of its own, and is closed in it; when this one is closed, that is waited for.
 
     Args:
         items: What makes them.
-        count: How many may be ready and wait; one more is being made.
+        count: How many may be ready and wait.
 
     Raises:
         BaseException: What the generator raised, after the items that it made before.
     """
-    ready: queue.Queue[Item | _End] = queue.Queue(count)
+    ready: queue.SimpleQueue[Item | _End] = queue.SimpleQueue()
+    room = threading.Semaphore(count)
     closed = threading.Event()
-
-    def put(item: Item | _End) -> bool:
-        while not closed.is_set():
-            with suppress(queue.Full):
-                ready.put(item, timeout=_LOOK_SECONDS)
-                return True
-        return False
 
     def make() -> None:
         end = _End()
         try:
             with closing(items):
-                for item in items:
-                    if not put(item):
-                        return
+                while room.acquire() and not closed.is_set():
+                    ready.put(next(items))
+        except StopIteration:
+            pass
         except BaseException as error:  # noqa: BLE001  raised where the items are used
             end = _End(error)
-        put(end)
+        ready.put(end)
 
-    threading.Thread(target=make, name="made ahead", daemon=True).start()
+    thread = threading.Thread(target=make, name="made ahead", daemon=True)
+    thread.start()
     try:
         while not isinstance(item := ready.get(), _End):
+            room.release()
             yield item
     finally:
         closed.set()
+        room.release()
+        thread.join()
     if item.error is not None:
         raise item.error

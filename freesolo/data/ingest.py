@@ -58,7 +58,7 @@ from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 BLOCK_BYTES = 4 * 2**20
 # Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
 PIECES_PER_EXECUTION = 2000
-# Put together and waiting for the step that is under way.
+# Put together during the step before, or waiting for it to end.
 BATCHES_AHEAD = 1
 
 AnyView = TypeVar("AnyView", bound=View)

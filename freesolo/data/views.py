@@ -194,8 +194,8 @@ def resized_mask(mask: Bool[np.ndarray, "H W"], height: int, width: int) -> Bool
     """
     resized = np.zeros((height, width), bool)
     if mask.any():
-        source_rows, rows, (top, bottom) = _part(mask.any(axis=1), height)
-        source_columns, columns, (left, right) = _part(mask.any(axis=0), width)
+        source_rows, rows, (top, bottom) = _part(np.any(mask, axis=1, keepdims=True)[:, 0], height)
+        source_columns, columns, (left, right) = _part(np.any(mask, axis=0, keepdims=True)[0], width)
         soft = Image.fromarray(mask[source_rows, source_columns].view(np.uint8) * 255).resize(
             (columns.stop - columns.start, rows.stop - rows.start),
             Image.Resampling.BILINEAR,

@@ -24,6 +24,7 @@ from tests.benchmarks import (
     densecl_step,
     free_mask,
     inference,
+    input_paths,
     matrix_nms,
     solo_targets_and_losses,
     solo_train_step,
@@ -37,6 +38,7 @@ BENCHMARKS = (
     free_mask.BENCHMARK,
     matrix_nms.BENCHMARK,
     inference.BENCHMARK,
+    input_paths.BENCHMARK,
 )
 
 

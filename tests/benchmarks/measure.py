@@ -34,6 +34,9 @@ class Case(Generic[Ours, Peers]):
         assert_equal: Raises AssertionError where our answer, its first argument, is not the peer's, its second.
         repeats: How many times each way is timed where nothing else is asked for: fewer where it takes long.
         flops: Floating-point operations of a call of ours; None where they are not what limits it.
+        untimed: Calls before each timed one, of a way that goes on by itself while it is not its turn: they use up
+            what it made ready meanwhile.
+        limit: Does only what no way can do without; timed like them.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Case(Generic[Ours, Peers]):
     assert_equal: Callable[[Ours, Peers], None]
     repeats: int = 9
     flops: float | None = None
+    untimed: int = 0
+    limit: Callable[[], object] | None = None
 
     def check(self) -> None:
         """Do it both ways once.
@@ -91,6 +96,17 @@ class Comparison:
     ours: Measurement
     peer: Measurement
     flops: float | None = None
+    limit: Measurement | None = None
+
+    def share_of_limit(self, peak: float) -> float | None:
+        """Of what is possible, what ours does at the median; None where nobody knows what that is.
+
+        Args:
+            peak: Floating-point operations a second that the device can do.
+        """
+        if self.limit is not None:
+            return self.limit.median / self.ours.median
+        return None if self.flops_per_second is None else self.flops_per_second / peak
 
     @property
     def flops_per_second(self) -> float | None:
@@ -150,13 +166,25 @@ def compare(case: Case[Any, Any], *, repeats: int | None = None, clock: Clock = 
     case.check()
     ours: list[float] = []
     peer: list[float] = []
+    limit: list[float] = []
     for repeat in range(repeats or case.repeats):
-        turns = [(case.ours, ours), (case.peer, peer)]
+        turns: list[tuple[Callable[[], object], list[float]]] = [(case.ours, ours), (case.peer, peer)]
         for action, seconds in reversed(turns) if repeat % 2 else turns:
-            start = clock()
-            action()
-            seconds.append(clock() - start)
-    return Comparison(case.name, case.peer_name, Measurement(tuple(ours)), Measurement(tuple(peer)), case.flops)
+            for _ in range(case.untimed):
+                action()
+            seconds.append(_timed(action, clock))
+        if case.limit is not None:
+            limit.append(_timed(case.limit, clock))
+    measured = (Measurement(tuple(seconds)) for seconds in (ours, peer))
+    return Comparison(
+        case.name, case.peer_name, *measured, flops=case.flops, limit=Measurement(tuple(limit)) if limit else None
+    )
+
+
+def _timed(action: Callable[[], object], clock: Clock) -> float:
+    start = clock()
+    action()
+    return clock() - start
 
 
 def table(benchmark: Benchmark, comparisons: Sequence[Comparison], *, peak: float) -> Table:
@@ -169,20 +197,20 @@ def table(benchmark: Benchmark, comparisons: Sequence[Comparison], *, peak: floa
     """
     result = Table(
         title=f"{benchmark.name}: {benchmark.inputs}",
-        caption="medians over the repeats; above 1 ours is the faster; of peak: a large matrix product's speed",
+        caption="medians over the repeats; above 1 ours is the faster; limit: a large matrix product, or as said",
         title_justify="left",
         caption_justify="left",
     )
     result.add_column("case\npeer", min_width=20)
-    for heading in ("repeats", "ours", "of peak", "peer's", "peer's / ours\n(lowest to highest)"):
+    for heading in ("repeats", "ours", "of the limit", "peer's", "peer's / ours\n(lowest to highest)"):
         result.add_column(heading, justify="right", no_wrap=True)
     for comparison in comparisons:
-        ratios = comparison.ratios
+        ratios, share = comparison.ratios, comparison.share_of_limit(peak)
         result.add_row(
             f"{comparison.name}\n[dim]{comparison.peer_name}[/dim]",
             str(len(ratios)),
             _milliseconds(comparison.ours.median),
-            "" if comparison.flops_per_second is None else f"{comparison.flops_per_second / peak:.0%}",
+            "" if share is None else f"{share:.0%}",
             _milliseconds(comparison.peer.median),
             f"{median(ratios):.2f}\n({min(ratios):.2f} to {max(ratios):.2f})",
         )
@@ -201,6 +229,7 @@ def as_json(benchmark: Benchmark, comparisons: Sequence[Comparison]) -> dict[str
                 "ours_seconds": list(comparison.ours.seconds),
                 "peer_seconds": list(comparison.peer.seconds),
                 "flops_per_second": comparison.flops_per_second,
+                "limit_seconds": None if comparison.limit is None else list(comparison.limit.seconds),
                 "ratio": {
                     "median": median(comparison.ratios),
                     "lowest": min(comparison.ratios),

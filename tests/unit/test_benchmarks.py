@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from freesolo.ops.masks import boxes_xywh
-from tests.benchmarks import free_mask, matrix_nms, solo_targets_and_losses
+from tests.benchmarks import free_mask, input_paths, matrix_nms, solo_targets_and_losses
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Benchmark, Case, Comparison, Measurement, as_json, compare, table
 from tests.benchmarks.synthetic import ellipses
@@ -104,6 +104,21 @@ def test_what_arithmetic_limits_says_how_near_it_comes():
     assert "%" not in printed(COMPARISON)
 
 
+def test_what_has_a_limit_says_how_near_it_comes_and_uses_up_what_was_made_ready():
+    fake = FakeWork()
+    limits = iter([1.0, 3.0, 1.0])
+    case = replace(
+        fake_case(fake, ours=[9.0, 9.0, 4.0, 9.0, 4.0, 9.0, 5.0], peer=[9.0, 9.0, 8.0, 9.0, 8.0, 9.0, 8.0]),
+        untimed=1,
+        limit=lambda: fake.work("limit", limits, 0),
+    )
+    comparison = compare(case, repeats=3, clock=fake.clock)
+    assert comparison.ours.seconds == (4.0, 4.0, 5.0)
+    assert comparison.limit == Measurement((1.0, 3.0, 1.0))
+    assert comparison.share_of_limit(peak=1.0) == 0.25
+    assert " 25% " in printed(comparison)
+
+
 def test_json_has_every_repeat():
     written = json.loads(json.dumps(as_json(BENCHMARK, [COMPARISON])))
     assert written["name"] == "arithmetic"
@@ -115,6 +130,7 @@ def test_json_has_every_repeat():
         "ours_seconds": [2.0, 4.0, 1.0],
         "peer_seconds": [8.0, 4.0, 6.0],
         "flops_per_second": None,
+        "limit_seconds": None,
         "ratio": {"median": 4.0, "lowest": 1.0, "highest": 6.0},
     }
 
@@ -148,3 +164,16 @@ def test_drawn_objects_are_of_the_sizes_asked_for():
 )
 def test_the_peer_gives_our_answer(case: Case):
     case.check()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_both_input_paths_give_batches_of_the_same_kind():
+    for case in input_paths.cases(CPU, input_paths.TINY):
+        case.check()
+        assert case.limit is not None
+        case.limit()
+
+
+def test_benchmarks_photos_are_about_as_large_as_coco_s():
+    sizes = [len(input_paths.photo_file(480, 640, torch.Generator().manual_seed(seed))) for seed in range(3)]
+    assert all(120_000 < size < 220_000 for size in sizes), sizes  # COCO's train2017 has 163 kB a photo
