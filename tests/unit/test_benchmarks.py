@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 from freesolo.ops.masks import boxes_xywh
-from tests.benchmarks import free_mask, input_paths, matrix_nms, solo_targets_and_losses
+from tests.benchmarks import free_mask, input_paths, matrix_nms, ray_cost, solo_targets_and_losses
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Benchmark, Case, Comparison, Measurement, as_json, compare, table
 from tests.benchmarks.synthetic import ellipses
@@ -177,3 +178,17 @@ def test_both_input_paths_give_batches_of_the_same_kind():
 def test_benchmarks_photos_are_about_as_large_as_coco_s():
     sizes = [len(input_paths.photo_file(480, 640, torch.Generator().manual_seed(seed))) for seed in range(3)]
     assert all(120_000 < size < 220_000 for size in sizes), sizes  # COCO's train2017 has 163 kB a photo
+
+
+def test_a_step_takes_what_it_takes_once_training_is_under_way():
+    # Told of every five steps, from 30 s on; after the first twenty, 5, 10 and 40 s go by from one to the next.
+    assert ray_cost.step_seconds([30.0, 50.0, 60.0, 65.0, 70.0, 80.0, 120.0]) == 2.0
+
+
+def test_both_sides_of_what_ray_costs_train_the_same(tmp_path: Path):
+    job = ray_cost.job_of(tmp_path)
+    assert job.pretrain.loop.steps == ray_cost.STEPS
+    assert job.pretrain.loop.overlay_every == 0
+    assert job.resources.max_workers == 1
+    assert job.resources.gpus_per_worker == 0.0
+    assert job.tracking.registered_model is None
