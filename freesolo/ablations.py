@@ -22,6 +22,7 @@ from statistics import fmean, stdev
 from freesolo.comparison import compare
 from freesolo.config import BASE, AblationJob, metric_name
 from freesolo.data.files import join, write_atomic
+from freesolo.data.ingest import over_shards
 from freesolo.errors import JobError, UsageError
 from freesolo.jobs import tell_dataset, witnessed
 from freesolo.pipeline import Made, check_data, run_method
@@ -114,7 +115,7 @@ def _evaluate(job: AblationJob, made: Mapping[str, Sequence[Made]]) -> dict[str,
     """The scores of each row, in the order of the seeds; each label set is evaluated once."""
     urls = {name: [(one.held_out["Free Mask"], list(one.held_out.values())[-1]) for one in made[name]] for name in made}
     every = dict.fromkeys(url for pairs in urls.values() for pair in pairs for url in pair)
-    metrics = compare(job.evaluation_dataset, {url: url for url in every}, gallery_images=0).rows
+    metrics = compare(job.evaluation_dataset, {url: url for url in every}, over_shards=over_shards).rows
     return {
         name: [
             Score(metrics[last].segm.ap50, metrics[last].segm.ap, metrics[last].segm.ar100, metrics[first].segm.ap50)

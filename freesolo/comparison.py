@@ -5,21 +5,18 @@ The table has a row a label set, in the order given: Free Mask, then each round 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import numpy as np
-
-from freesolo.data.coco import CocoRecord, ground_truth, sample_labels
-from freesolo.data.labels import ImageLabels, LabelSet, read_label_file, read_labels_of
-from freesolo.data.photos import PhotoError, decode_photo
-from freesolo.data.shards import DatasetManifest, read_dataset_manifest, read_shard
+from freesolo.data.coco import ground_truth
+from freesolo.data.labels import ImageLabels, LabelFile, LabelSet, read_label_file, read_labels_of
+from freesolo.data.shards import DatasetManifest, ShardInfo, read_dataset_manifest
 from freesolo.errors import UsageError
-from freesolo.evaluation import Detections, Metrics, evaluate_by_category, evaluate_class_agnostic
-from freesolo.ops.masks import decode_rle
-from freesolo.report.records import GalleryLayer, GalleryPhoto
+from freesolo.evaluation import Detections, Matches, Metrics, match, summarize
 
-TRUTH = "Annotations"
+OverShards: TypeAlias = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+"""Does something to each shard, in whatever processes; gives the results in the order of the shards, as `map` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +26,78 @@ class Comparison:
     Attributes:
         dataset_digest: Of the data set that they were evaluated on.
         rows: Metrics of each label set.
-        gallery: Some of the photos with the masks of all label sets and the annotations.
     """
 
     dataset_digest: str
     rows: dict[str, Metrics]
-    gallery: tuple[GalleryPhoto, ...]
 
 
-def compare(dataset: str, label_sets: Mapping[str, str], *, gallery_images: int) -> Comparison:
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """A shard, and what each label set has of it.
+
+    Attributes:
+        dataset: URL of the data set.
+        shard: One of its shards.
+        labels: Of each label set its URL, the shard's label file and COCO's ids of the categories that it tells apart.
+        categories: Names of all of the data set's categories, by COCO's id.
+    """
+
+    dataset: str
+    shard: ShardInfo
+    labels: tuple[tuple[str, LabelFile, tuple[int, ...]], ...]
+    categories: dict[int, str]
+
+
+def compare(dataset: str, label_sets: Mapping[str, str], *, over_shards: OverShards = map) -> Comparison:
     """Evaluate label sets against the annotations of their data set.
+
+    A shard at a time: nobody holds the masks of more.
 
     Args:
         dataset: URL of an annotated data set.
         label_sets: A URL for each name, in the order of the table.
-        gallery_images: Photos in the gallery, the first ones of the data set.
+        over_shards: What matches the shards.
 
     Raises:
         UsageError: The data set has no annotations, or a label set is of another data set.
     """
     manifest = check_comparable(dataset, label_sets)
-    truth = ground_truth(dataset)
-    rows = {name: _evaluate(truth, read_labels_of(url, manifest), manifest) for name, url in label_sets.items()}
-    return Comparison(manifest.digest, rows, gallery(dataset, label_sets, images=gallery_images))
+    names = {category["id"]: str(category.get("name", category["id"])) for category in manifest.categories}
+    opened = [read_labels_of(url, manifest) for url in label_sets.values()]
+    told_apart = [_category_ids(label_set) for label_set in opened]
+    tasks = [
+        ShardTask(
+            dataset=dataset,
+            shard=shard,
+            labels=tuple(
+                (label_set.url, label_set.manifest.files[number], ids)
+                for label_set, ids in zip(opened, told_apart, strict=True)
+            ),
+            categories=names,
+        )
+        for number, shard in enumerate(manifest.shards)
+    ]
+    matched: list[list[Matches]] = list(over_shards(match_shard, tasks))
+    rows = {
+        name: summarize([of_shard[number] for of_shard in matched], names if told_apart[number] else None)
+        for number, name in enumerate(label_sets)
+    }
+    return Comparison(manifest.digest, rows)
+
+
+def match_shard(task: ShardTask) -> list[Matches]:
+    """How what each label set has of a shard's photos matches their annotations.
+
+    Raises:
+        UsageError: An annotation is damaged.
+        JobError: The shard or a label file is damaged, or a store cannot be reached.
+    """
+    truth = ground_truth(task.dataset, [task.shard])
+    return [
+        match(truth, _detections(read_label_file(url, file), ids), task.categories if ids else None)
+        for url, file, ids in task.labels
+    ]
 
 
 def check_comparable(dataset: str, label_sets: Mapping[str, str]) -> DatasetManifest:
@@ -64,7 +110,7 @@ def check_comparable(dataset: str, label_sets: Mapping[str, str]) -> DatasetMani
     if not manifest.annotated:
         raise UsageError(f"{dataset}: has no annotations to evaluate against; pack it from a COCO JSON")
     for url in label_sets.values():
-        if unknown := set(_category_names(read_labels_of(url, manifest))) - {one["id"] for one in manifest.categories}:
+        if unknown := set(_category_ids(read_labels_of(url, manifest))) - {one["id"] for one in manifest.categories}:
             raise UsageError(f"{url}: its category {min(unknown)} is none of those of {dataset}")
     return manifest
 
@@ -91,73 +137,20 @@ def check_held_out(evaluation_dataset: str, trained_on: DatasetManifest, *, num_
         )
 
 
-def _evaluate(truth: CocoRecord, labels: LabelSet, manifest: DatasetManifest) -> Metrics:
-    """By category too, where the label set tells any apart."""
-    metrics = evaluate_class_agnostic(truth, _detections(labels))
-    if not _category_names(labels):
-        return metrics
-    names = {category["id"]: str(category.get("name", category["id"])) for category in manifest.categories}
-    return replace(metrics, categories=evaluate_by_category(truth, _detections(labels), names))
+def _category_ids(labels: LabelSet) -> tuple[int, ...]:
+    """COCO's, ascending, so that a label's category is a place among them; none for class-agnostic labels."""
+    return tuple(category["id"] for category in labels.manifest.plan.model.get("categories", ()))
 
 
-def _category_names(labels: LabelSet) -> dict[int, str]:
-    """By COCO's id, ascending, so that a label's category is a place among them; none for class-agnostic labels."""
-    known = labels.manifest.plan.model.get("categories", ())
-    return {category["id"]: str(category.get("name", category["id"])) for category in known}
-
-
-def gallery(dataset: str, label_sets: Mapping[str, str], *, images: int) -> tuple[GalleryPhoto, ...]:
-    """The first photos of a data set with the masks of each label set, and its own annotations where it has any.
-
-    Args:
-        dataset: URL of a data set.
-        label_sets: A URL for each name, in the order of the layers.
-        images: How many photos, at most.
-
-    Raises:
-        UsageError: A label set is of another data set.
-    """
-    manifest = read_dataset_manifest(dataset)
-    opened = {name: read_labels_of(url, manifest) for name, url in label_sets.items()}
-    photos: list[GalleryPhoto] = []
-    for number, shard in enumerate(manifest.shards):
-        if len(photos) >= images:
-            break
-        by_key = {
-            name: {labels.key: labels for labels in read_label_file(label_set.url, label_set.manifest.files[number])}
-            for name, label_set in opened.items()
-        }
-        for sample in read_shard(dataset, shard):
-            if len(photos) >= images:
-                break
-            layers = [_layer(name, labels[sample.key]) for name, labels in by_key.items()]
-            if manifest.annotated:
-                layers.append(_layer(TRUTH, sample_labels(sample), scored=False))
-            try:
-                pixels = decode_photo(sample.image_bytes, size=(sample.height, sample.width))
-            except PhotoError:
-                continue  # counted and named where it was labelled; there is nothing to look at
-            photos.append(GalleryPhoto(sample.file_name, pixels, tuple(layers)))
-    return tuple(photos)
-
-
-def _detections(label_set: LabelSet) -> Iterator[Detections]:
-    coco_ids = list(_category_names(label_set))
-    for file in label_set.manifest.files:
-        for labels in read_label_file(label_set.url, file):
-            yield Detections(
-                image_id=labels.image_id,
-                rles=[instance.rle for instance in labels.instances],
-                boxes_xywh=[instance.bbox_xywh for instance in labels.instances],
-                scores=[instance.score for instance in labels.instances],
-                category_ids=[coco_ids[one.category_id] for one in labels.instances] if coco_ids else None,
-            )
-
-
-def _layer(name: str, labels: ImageLabels, *, scored: bool = True) -> GalleryLayer:
-    masks = decode_rle([instance.rle for instance in labels.instances], labels.height, labels.width).numpy()
-    scores = np.array([instance.score for instance in labels.instances], np.float64)
-    return GalleryLayer(name, masks, scores if scored else None)
+def _detections(records: Iterable[ImageLabels], coco_ids: Sequence[int]) -> Iterator[Detections]:
+    for labels in records:
+        yield Detections(
+            image_id=labels.image_id,
+            rles=[instance.rle for instance in labels.instances],
+            boxes_xywh=[instance.bbox_xywh for instance in labels.instances],
+            scores=[instance.score for instance in labels.instances],
+            category_ids=[coco_ids[one.category_id] for one in labels.instances] if coco_ids else None,
+        )
 
 
 def as_table(rows: Mapping[str, Metrics]) -> str:

@@ -7,11 +7,12 @@ predictions that tell categories apart: a model without categories would fill it
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -20,6 +21,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from freesolo.ops.mask_storage import Rle, rle_from_coco
+
+CocoMatch: TypeAlias = dict[str, np.ndarray] | None
+"""COCOeval's record of how an image's predictions match its objects; None where there are neither."""
 
 CORLOC_IOU = 0.5
 _OBJECT = 1  # the one category, of everything
@@ -138,54 +142,111 @@ class Metrics:
         }
 
 
-def evaluate_class_agnostic(ground_truth: Mapping[str, Any], predictions: Iterable[Detections]) -> Metrics:
-    """Compare predictions with a COCO ground truth, categories ignored.
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """How the predictions of some images match their objects: the part of an evaluation that is made image by image.
 
-    The COCO numbers are pycocotools' own, with `useCats = 0` and maxDets (1, 10, 100). Crowd regions are ignored as
-    COCO does: a prediction inside one is neither right nor wrong, and for CorLoc they are no objects.
+    Attributes:
+        image_ids: Of the images.
+        segm: pycocotools' records of how masks match: one for each of COCO's sizes and each image, in this order.
+        bbox: Likewise of boxes.
+        by_category: Likewise of masks, one for each category, size and image; None where categories are not told apart.
+        localised: Images with an object of which some prediction found one.
+        with_objects: Images with an object.
+        objects: In all images; crowd regions are none.
+        predictions: In all images.
+    """
+
+    image_ids: tuple[int, ...]
+    segm: list[CocoMatch]
+    bbox: list[CocoMatch]
+    by_category: list[CocoMatch] | None
+    localised: int
+    with_objects: int
+    objects: int
+    predictions: int
+
+
+def evaluate(
+    ground_truth: Mapping[str, Any],
+    predictions: Iterable[Detections],
+    categories: Mapping[int, str] | None = None,
+) -> Metrics:
+    """Compare predictions with a COCO ground truth: `match` and `summarize` in one."""
+    return summarize([match(ground_truth, predictions, categories)], categories)
+
+
+def match(
+    ground_truth: Mapping[str, Any],
+    predictions: Iterable[Detections],
+    categories: Mapping[int, str] | None = None,
+) -> Matches:
+    """Find out which predictions are right, in some of the images of an evaluation.
+
+    As COCO does, with 100 predictions an image at most: class-agnostic (`useCats = 0`), and by category where there are
+    any. Crowd regions are ignored: a prediction inside one is neither right nor wrong, and for CorLoc they are no
+    objects.
 
     Args:
         ground_truth: COCO's dictionary: `images` (`id`, `height`, `width`) and `annotations` (`image_id`, a
             `segmentation` in any of COCO's forms; optional `iscrowd`, and `bbox` and `area`, which default to the
-            mask's). Ids and categories of annotations are not used. It is not changed.
+            mask's). Ids of annotations are not used, nor are their categories without `categories`. It is not changed.
         predictions: At most one record an image; an image without one has no predictions.
-
-    Returns:
-        Without any object in the data set, or of a size, what measures them is None, never COCO's -1. Without any
-        prediction it is 0.
+        categories: Name of each category by COCO's id, where predictions tell them apart: all that annotations and
+            predictions may have.
 
     Raises:
-        ValueError: If a prediction or an annotation is of an unknown image or not of its image's size, or an image
-            has two records.
+        ValueError: If a prediction or an annotation is of an unknown image or not of its image's size, an image has two
+            records, or a category is not among those, or missing.
     """
     sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
     records = _by_image(predictions, sizes)
     objects = [_object(annotation, sizes, number) for number, annotation in enumerate(ground_truth["annotations"], 1)]
-    return Metrics(
-        segm=_coco_metrics(sizes, objects, _results(records, "segm"), "segm"),
-        bbox=_coco_metrics(sizes, objects, _results(records, "bbox"), "bbox"),
-        corloc=_corloc(objects, records),
-        images=len(sizes),
+    masks, boxes = _results(records, "segm"), _results(records, "bbox")
+    localised, with_objects = _localised(objects, records)
+    return Matches(
+        image_ids=tuple(sorted(sizes)),
+        segm=_matches(sizes, objects, masks, "segm"),
+        bbox=_matches(sizes, objects, boxes, "bbox"),
+        by_category=None if categories is None else _matches_by_category(ground_truth, records, sizes, categories),
+        localised=localised,
+        with_objects=with_objects,
         objects=sum(not thing["iscrowd"] for thing in objects),
         predictions=sum(len(record) for record in records.values()),
     )
 
 
-def evaluate_by_category(
-    ground_truth: Mapping[str, Any], predictions: Iterable[Detections], categories: Mapping[int, str]
-) -> CategoryMetrics:
-    """Compare predictions that have categories with a COCO ground truth, as COCO does.
+def summarize(parts: Sequence[Matches], categories: Mapping[int, str] | None = None) -> Metrics:
+    """The numbers of an evaluation whose images were matched in parts, in any order.
+
+    They are pycocotools' own of all the images at once, with maxDets (1, 10, 100).
 
     Args:
-        ground_truth: As in `evaluate_class_agnostic`, with a `category_id` for each annotation.
-        predictions: As there, with `category_ids`.
-        categories: Name of each category by COCO's id; all that annotations and predictions may have.
+        parts: Of different images.
+        categories: As `match` was given.
 
-    Raises:
-        ValueError: As `evaluate_class_agnostic`; or a category is not among those, or missing.
+    Returns:
+        Without any object in the data set, or of a size, what measures them is None, never COCO's -1. Without any
+        prediction it is 0.
     """
-    sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
-    records = _by_image(predictions, sizes)
+    with_objects = sum(part.with_objects for part in parts)
+    return Metrics(
+        segm=_region_metrics(parts, "segm"),
+        bbox=_region_metrics(parts, "bbox"),
+        corloc=sum(part.localised for part in parts) / with_objects if with_objects else None,
+        images=sum(len(part.image_ids) for part in parts),
+        objects=sum(part.objects for part in parts),
+        predictions=sum(part.predictions for part in parts),
+        categories=None if categories is None else _category_metrics(parts, categories),
+    )
+
+
+def _matches_by_category(
+    ground_truth: Mapping[str, Any],
+    records: Mapping[int, Detections],
+    sizes: Mapping[int, tuple[int, int]],
+    categories: Mapping[int, str],
+) -> list[CocoMatch]:
     objects = [
         _object(annotation, sizes, number) | {"category_id": annotation["category_id"]}
         for number, annotation in enumerate(ground_truth["annotations"], 1)
@@ -196,12 +257,12 @@ def evaluate_by_category(
         result["category_id"] = category
     if unknown := {thing["category_id"] for thing in [*objects, *results]} - set(categories):
         raise ValueError(f"category {min(unknown)} is none of the {len(categories)} known ones")
+    return _matches(sizes, objects, results, "segm", sorted(categories))
+
+
+def _category_metrics(parts: Sequence[Matches], categories: Mapping[int, str]) -> CategoryMetrics:
     ids = sorted(categories)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(_coco(sizes, objects, ids), _coco(sizes, results, ids), "segm")
-        evaluator.params.maxDets = [1, 10, 100]
-        evaluator.evaluate()
-        evaluator.accumulate()
+    evaluator = _accumulated([(part.image_ids, part.by_category or []) for part in parts], "segm", ids)
     # Precision at (IoU threshold, recall, category, all sizes, 100 predictions an image); -1 where there is no object.
     precision = evaluator.eval["precision"][:, :, :, 0, -1]
     return CategoryMetrics(
@@ -273,48 +334,96 @@ def _results(records: Mapping[int, Detections], kind: Literal["segm", "bbox"]) -
     return results
 
 
-def _coco_metrics(
+def _matches(
     sizes: Mapping[int, tuple[int, int]],
     objects: Sequence[dict[str, Any]],
     results: Sequence[dict[str, Any]],
     kind: Literal["segm", "bbox"],
-) -> RegionMetrics:
-    # pycocotools prints its progress. The redirection is undone before this returns, exceptions included.
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(_coco(sizes, objects), _coco(sizes, results), kind)
-        evaluator.params.useCats = 0
-        evaluator.params.maxDets = [1, 10, 100]
+    categories: Sequence[int] = (),
+) -> list[CocoMatch]:
+    """COCOeval's records; without categories all are one."""
+    with _silent():
+        evaluator = _evaluator(kind, categories, _coco(sizes, objects, categories), _coco(sizes, results, categories))
         evaluator.evaluate()
-        evaluator.accumulate()
+    return [None if record is None else _needed(record) for record in evaluator.evalImgs]
+
+
+def _needed(record: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What is needed of COCOeval's record of an image: which prediction found which object does not matter."""
+    return {
+        "dtScores": np.asarray(record["dtScores"], np.float64),
+        "dtMatches": np.asarray(record["dtMatches"], bool),
+        "dtIgnore": np.asarray(record["dtIgnore"], bool),
+        "gtIgnore": np.asarray(record["gtIgnore"], bool),
+    }
+
+
+def _region_metrics(parts: Sequence[Matches], kind: Literal["segm", "bbox"]) -> RegionMetrics:
+    evaluator = _accumulated([(part.image_ids, getattr(part, kind)) for part in parts], kind)
+    with _silent():
         evaluator.summarize()
     return RegionMetrics(*(None if number < 0 else float(number) for number in evaluator.stats))
 
 
+def _accumulated(
+    parts: Sequence[tuple[tuple[int, ...], list[CocoMatch]]],
+    kind: Literal["segm", "bbox"],
+    categories: Sequence[int] = (),
+) -> Any:
+    """A COCOeval that has counted the records of all parts, its images in the order of their ids."""
+    evaluator = _evaluator(kind, categories)
+    image_ids = [image_id for ids, _ in parts for image_id in ids]
+    groups = max(1, len(categories)) * len(evaluator.params.areaRng)
+    grid: list[list[CocoMatch]] = [[] for _ in range(groups)]
+    for ids, records in parts:
+        for number, group in enumerate(grid):
+            group += records[number * len(ids) : (number + 1) * len(ids)]
+    order = sorted(range(len(image_ids)), key=image_ids.__getitem__)
+    evaluator.params.imgIds = sorted(image_ids)
+    evaluator.evalImgs = [group[place] for group in grid for place in order]
+    evaluator._paramsEval = copy.deepcopy(evaluator.params)  # as `evaluate` leaves it; there is no public way
+    with _silent():
+        evaluator.accumulate()
+    return evaluator
+
+
+def _evaluator(kind: Literal["segm", "bbox"], categories: Sequence[int], *cocos: Any) -> Any:
+    evaluator = COCOeval(*cocos, iouType=kind)
+    evaluator.params.useCats = int(bool(categories))
+    evaluator.params.catIds = list(categories or (_OBJECT,))
+    evaluator.params.maxDets = [1, 10, 100]
+    return evaluator
+
+
+def _silent() -> contextlib.AbstractContextManager[Any]:
+    """Without pycocotools' progress. It is undone at the end of the block, exceptions included."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 def _coco(
-    sizes: Mapping[int, tuple[int, int]], annotations: Sequence[dict[str, Any]], categories: Sequence[int] = (_OBJECT,)
+    sizes: Mapping[int, tuple[int, int]], annotations: Sequence[dict[str, Any]], categories: Sequence[int]
 ) -> Any:
     """pycocotools' index of annotations, which copes with none where its `loadRes` does not."""
     coco = COCO()
     coco.dataset = {
         "images": [{"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes.items()],
-        "categories": [{"id": category} for category in categories],
+        "categories": [{"id": category} for category in categories or (_OBJECT,)],
         "annotations": [dict(annotation) for annotation in annotations],
     }
     coco.createIndex()
     return coco
 
 
-def _corloc(objects: Iterable[Mapping[str, Any]], records: Mapping[int, Detections]) -> float | None:
+def _localised(objects: Iterable[Mapping[str, Any]], records: Mapping[int, Detections]) -> tuple[int, int]:
+    """Images of which some object was found, and images with an object."""
     targets: dict[int, list[Rle]] = {}
     for thing in objects:
         if not thing["iscrowd"]:
             targets.setdefault(thing["image_id"], []).append(thing["segmentation"])
-    if not targets:
-        return None
     hits = 0
     for image_id, rles in targets.items():
         record = records.get(image_id)
         if record is not None and len(record):
             overlaps = coco_mask.iou(list(record.rles), rles, [0] * len(rles))
             hits += bool(overlaps.max() >= CORLOC_IOU)
-    return hits / len(targets)
+    return hits, len(targets)

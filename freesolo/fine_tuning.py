@@ -21,13 +21,14 @@ from functools import partial
 from pathlib import Path
 
 from freesolo.cluster import connect
-from freesolo.comparison import check_held_out, compare, gallery
+from freesolo.comparison import check_held_out, compare
 from freesolo.config import FineTuneJob, TrainJob, start_folder, training_name
 from freesolo.data.files import exists, join, read_bytes, write_atomic
-from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
+from freesolo.data.ingest import choose_subsets_on_cluster, over_shards, write_subset_on_cluster
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.data.subset import Subset, SubsetSource, finished_subset, part_of
 from freesolo.evaluation import Metrics
+from freesolo.gallery import gallery
 from freesolo.jobs import predict_held_out, show_comparison, tell_dataset, train_stage, witnessed
 from freesolo.registry.weights import resolve_weights
 from freesolo.report.records import Trend
@@ -236,7 +237,7 @@ def _report(
     job: FineTuneJob, folder: StageFolder, trained: Sequence[_Trained], witness: Witness, journal: Journal
 ) -> StageResult:
     """Evaluate all, tell MLflow, write the page. Its gallery is of the smallest fraction, where starts differ most."""
-    comparison = compare(job.evaluation_dataset, {one.name: one.labels for one in trained}, gallery_images=0)
+    comparison = compare(job.evaluation_dataset, {one.name: one.labels for one in trained}, over_shards=over_shards)
     metrics = show_comparison(comparison, witness, journal)
     least = {one.name: one.labels for one in trained if one.fraction == job.fractions[0]}
     photos = {f"{_percent(one.fraction):g}% of the labels": one.result.counts["images"] for one in trained}

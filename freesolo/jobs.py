@@ -31,6 +31,7 @@ from freesolo.data.ingest import pack_on_cluster
 from freesolo.data.pack import ShardTask, plan_shards
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest
 from freesolo.data.sources import PhotoCollection, find_photos
+from freesolo.gallery import gallery
 from freesolo.inference.extract import free_mask_labelling
 from freesolo.inference.pipeline import LabellingJob, LabellingResult, label_photos
 from freesolo.inference.predict import prediction_labelling
@@ -137,7 +138,7 @@ def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None
         started = time.monotonic()
         with witnessed(job, folder, parent_url) as (witness, journal):
             tell_dataset(witness, job.dataset, context="evaluation")
-            comparison = compare(job.dataset, job.labels, gallery_images=job.gallery_images)
+            comparison = compare(job.dataset, job.labels)
             url = write_report(
                 folder,
                 witness,
@@ -146,7 +147,7 @@ def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None
                 stages=(),
                 trained=(),
                 rows=comparison.rows,
-                gallery=comparison.gallery,
+                gallery=gallery(job.dataset, job.labels, images=job.gallery_images),
                 notes=(),
                 settings=job,
                 provenance={"Evaluation data set": comparison.dataset_digest},

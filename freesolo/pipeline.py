@@ -17,12 +17,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from freesolo.comparison import check_comparable, compare, gallery
+from freesolo.comparison import check_comparable, compare
 from freesolo.config import ExtractJob, Job, MethodJob, PipelineJob, PredictJob, PretrainJob, TrainJob
 from freesolo.data.files import join
+from freesolo.data.ingest import over_shards
 from freesolo.data.shards import read_dataset_manifest
 from freesolo.evaluation import Metrics
 from freesolo.found_objects import group_objects
+from freesolo.gallery import gallery
 from freesolo.jobs import (
     extract_stage,
     predict_stage,
@@ -226,8 +228,9 @@ def _report(job: PipelineJob, folder: StageFolder, made: Made, witness: Witness,
         name: result.outputs["registered"] for name, result in made.results.items() if "registered" in result.outputs
     }
     if job.evaluation_dataset is not None:
-        comparison = compare(job.evaluation_dataset, made.held_out, gallery_images=job.gallery_images)
-        rows, digest, photos = comparison.rows, comparison.dataset_digest, comparison.gallery
+        comparison = compare(job.evaluation_dataset, made.held_out, over_shards=over_shards)
+        rows, digest = comparison.rows, comparison.dataset_digest
+        photos = gallery(job.evaluation_dataset, made.held_out, images=job.gallery_images)
         metrics = show_comparison(comparison, witness, journal)
         _promote(registered, rows, digest, resolve_server(job.tracking, folder.storage))
     else:

@@ -27,7 +27,7 @@ from freesolo.comparison import check_held_out, compare
 from freesolo.config import TuneJob
 from freesolo.config_file import dump_config
 from freesolo.data.files import exists, join, write_atomic
-from freesolo.data.ingest import choose_subsets_on_cluster, write_subset_on_cluster
+from freesolo.data.ingest import choose_subsets_on_cluster, over_shards, write_subset_on_cluster
 from freesolo.data.shards import DatasetManifest
 from freesolo.data.subset import Subset, SubsetSource
 from freesolo.errors import JobError
@@ -150,7 +150,7 @@ def _evaluated(
             trained = train_stage(sweep.jobs[number], sweep.folder_of(number))
             model = trained.outputs["model"]
             predictions[outcome.name] = predict_held_out(job, dataset, model, folder, sweep.folder.url)
-    comparison = compare(dataset, predictions, gallery_images=0)
+    comparison = compare(dataset, predictions, over_shards=over_shards)
     show_comparison(comparison, witness, journal)
     worth = {name: row.as_dict()[job.tune.evaluation_metric] for name, row in comparison.rows.items()}
     return [replace(outcome, held_out=worth.get(outcome.name)) for outcome in outcomes]

@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from freesolo.data import files
 from freesolo.data.documents import short
 from freesolo.data.labels import ImageLabels, LabelledInstance, read_label_file, read_label_manifest
-from freesolo.data.shards import Sample, read_dataset_manifest, read_shard
+from freesolo.data.shards import DatasetManifest, Sample, ShardInfo, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
 from freesolo.ops.mask_storage import Rle, rle_from_coco
 from freesolo.settings import MAX_INSTANCES
@@ -163,20 +163,25 @@ def write_coco(url: str, destination: str, categories: Sequence[Mapping[str, Any
         output.write(b"\n]}\n")
 
 
-def ground_truth(dataset_url: str) -> CocoRecord:
+def ground_truth(dataset_url: str, shards: Sequence[ShardInfo] | None = None) -> CocoRecord:
     """The annotations of a data set in the form that COCO's evaluation needs.
 
     Beside what `export_coco` does: `iscrowd` and `area` are filled in where they are missing, every segmentation is an
     RLE, and annotations are numbered from 1 if one has no id or 0, which pycocotools takes for "no match". Crowd
     regions are kept: evaluation ignores what overlaps them.
 
+    Args:
+        dataset_url: Of the data set.
+        shards: Only those of these shards; None: all.
+
     Raises:
         UsageError: No data set is there, it is not annotated, or an annotation is damaged.
         JobError: A shard is damaged, or the store cannot be reached.
     """
-    if not read_dataset_manifest(dataset_url).annotated:
+    manifest = read_dataset_manifest(dataset_url)
+    if not manifest.annotated:
         raise UsageError(f"{dataset_url}: not annotated, so there is nothing to compare with; pack a COCO JSON")
-    document = export_coco(dataset_url)
+    document = _collect(_open_data_set(dataset_url, manifest, manifest.shards if shards is None else shards))
     sizes = {image["id"]: (image["height"], image["width"]) for image in document["images"]}
     try:
         annotations = [_complete(annotation, *sizes[annotation["image_id"]]) for annotation in document["annotations"]]
@@ -201,14 +206,13 @@ def open_coco(url: str, categories: Sequence[Mapping[str, Any]] | None = None) -
         return _open_label_set(url, categories)
     if not files.exists(files.join(url, "manifest.json")):
         raise UsageError(f"{url}: no data set there, and no label set (no manifest.json); give the folder that has one")
-    return _open_data_set(url)
-
-
-def _open_data_set(url: str) -> CocoStream:
     manifest = read_dataset_manifest(url)
+    return _open_data_set(url, manifest, manifest.shards)
 
+
+def _open_data_set(url: str, manifest: DatasetManifest, shards: Sequence[ShardInfo]) -> CocoStream:
     def images() -> Iterator[tuple[CocoRecord, list[CocoRecord]]]:
-        for shard in manifest.shards:
+        for shard in shards:
             for sample in read_shard(url, shard):
                 yield _image_record(sample), list(sample.annotations)
 

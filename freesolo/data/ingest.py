@@ -63,6 +63,7 @@ BATCHES_AHEAD = 1
 
 AnyView = TypeVar("AnyView", bound=View)
 Batch = TypeVar("Batch")
+Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
@@ -281,6 +282,19 @@ def write_subset_on_cluster(subset: Subset, url: str, *, bounds: BoundsSettings)
                 shards.append(shard)
                 advance(shard.samples)
         return finish_subset(subset, url, shards)
+
+
+def over_shards(work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+    """What `map` gives, of tasks of the cluster; a single one is done here.
+
+    Raises:
+        UsageError, JobError: What the work raised for people.
+    """
+    if len(tasks) == 1:
+        return [work(tasks[0])]
+    remotely = ray.remote(work)
+    done = dict(_as_they_are_done([remotely.remote(task) for task in tasks]))
+    return [done[number] for number in range(len(tasks))]
 
 
 class Readers(Datasource):

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 
 from freesolo import ablations, pipeline
 from freesolo.ablations import ablations_stage
-from freesolo.comparison import Comparison, compare
+from freesolo.comparison import Comparison, OverShards, compare
 from freesolo.config import AblationJob, TrainJob
 from freesolo.config_file import load_config
 from freesolo.data.pack import pack
@@ -125,8 +125,8 @@ def scored_by_settings(run: Path) -> Callable[..., Comparison]:
     AP50 is 0.5 of SOLO, 0.3 of SOLO without pairs and 0.01 of Free Mask, and with seed 1 a tenth more.
     """
 
-    def evaluate(dataset: str, label_sets: Mapping[str, str], *, gallery_images: int) -> Comparison:
-        comparison = compare(dataset, label_sets, gallery_images=gallery_images)
+    def evaluate(dataset: str, label_sets: Mapping[str, str], *, over_shards: OverShards) -> Comparison:
+        comparison = compare(dataset, label_sets, over_shards=over_shards)
         assert list(label_sets) == list(label_sets.values()), "label sets go by their URLs"
         scored = {
             url: replace(row, segm=replace(row.segm, ap50=ap50_of(json.loads(made_by(url).read_text()))))

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from freesolo.comparison import compare
 from freesolo.data.collate import collate_crops, collate_photos
-from freesolo.data.ingest import StreamBatch, TrainingStream, configure_ray_data
+from freesolo.data.ingest import StreamBatch, TrainingStream, configure_ray_data, over_shards
 from freesolo.data.labels import (
     ImageLabels,
     LabelledInstance,
@@ -33,7 +34,7 @@ from freesolo.data.labels import (
 from freesolo.data.order import Order, StreamState, advance, worker_spans
 from freesolo.data.shards import DatasetManifest, Sample, read_shard, shard_name, write_dataset_manifest, write_shard
 from freesolo.data.views import ContrastiveView, SegmentationView, View
-from freesolo.errors import JobError
+from freesolo.errors import JobError, UsageError
 from freesolo.ops.mask_storage import Rle
 from freesolo.settings import BoundsSettings, SegmentationViewSettings, ViewSettings
 from freesolo.types import SegmentationBatch
@@ -408,3 +409,26 @@ def test_where_no_sample_is_usable_the_stream_stops(tmp_path: Path) -> None:
         JobError, match=rf"epoch 0: unusable samples, nothing else; first: .*{whole.dataset}/\S+: the shard is miss"
     ):
         whole.segmentation_batches(steps=1, batch_size=4)
+
+
+def test_evaluation_by_the_clusters_tasks_is_that_of_one_process(stored: Stored) -> None:
+    assert len(stored.manifest.shards) > 1
+    sets = {"labels": str(stored.labels)}
+    rows = compare(str(stored.dataset), sets, over_shards=over_shards).rows
+    assert rows == compare(str(stored.dataset), sets).rows
+    assert rows["labels"].predictions == sum(number % 3 for number in range(SAMPLES))
+
+
+def test_what_is_wrong_with_a_shard_is_said_as_it_is(stored: Stored) -> None:
+    with pytest.raises(UsageError, match=r"^shard 2 is odd$"):
+        over_shards(refuse_the_second, [1, 2])
+    with pytest.raises(UsageError, match=r"^shard 2 is odd$"):
+        over_shards(refuse_the_second, [2])
+    assert over_shards(refuse_the_second, [5, 3, 4]) == [5, 3, 4]
+    assert over_shards(refuse_the_second, []) == []
+
+
+def refuse_the_second(number: int) -> int:
+    if number == 2:
+        raise UsageError("shard 2 is odd")
+    return number

@@ -223,14 +223,14 @@ def test_one_seed_has_no_spread_and_what_was_not_measured_is_a_dash() -> None:
 AP50 = {(1.0, 2): 0.50, (1.0, 0): 0.30, (0.0, 2): 0.44, (0.0, 0): 0.22}
 
 
-def finds_its_name(dataset: str, label_sets: Mapping[str, str], *, gallery_images: int) -> Comparison:
+def finds_its_name(dataset: str, label_sets: Mapping[str, str], *, over_shards: object) -> Comparison:
     """An evaluation whose AP50 is what a label set is called."""
     nothing = RegionMetrics(**dict.fromkeys((field.name for field in fields(RegionMetrics)), 0.0))
     rows = {
         url: Metrics(replace(nothing, ap50=float(url.split(" ")[-1]), ap=0.5), nothing, 0.0, 1, 1, 1)
         for url in label_sets
     }
-    return Comparison("digest", rows, ())
+    return Comparison("digest", rows)
 
 
 def made_of(job: MethodJob, folder: StageFolder, _: object) -> Made:

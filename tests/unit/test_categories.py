@@ -161,7 +161,7 @@ def test_categories_are_evaluated_where_there_are_any(dataset: str, tmp_path: Pa
         "swapped": label_set(str(tmp_path / "swapped"), dataset, labels(0, 1), [CAR, DOG]),
         "objects": label_set(str(tmp_path / "objects"), dataset, labels(0, 0), None),
     }
-    rows = compare(dataset, sets, gallery_images=0).rows
+    rows = compare(dataset, sets).rows
     assert all(row.segm.ap == pytest.approx(1.0) for row in rows.values())  # as objects, all are right
     assert rows["right"].categories.by_category == pytest.approx({"car": 1.0, "dog": 1.0})
     assert rows["swapped"].categories.by_category == pytest.approx({"car": 0.0, "dog": 0.0})

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from freesolo.evaluation import Detections, Metrics, evaluate_by_category, evaluate_class_agnostic
+from freesolo.evaluation import CategoryMetrics, Detections, Metrics, evaluate, match, summarize
 from freesolo.ops.masks import boxes_xywh, encode_rle
 
 SIDE = 160
@@ -48,9 +48,7 @@ FIRST, SECOND, ELSEWHERE = (0, 0, 10, 10), (50, 50, 10, 10), (100, 0, 10, 10)
 
 
 def test_precision_and_recall_of_a_right_a_wrong_and_a_right_prediction():
-    metrics = evaluate_class_agnostic(
-        truth({1: [FIRST, SECOND]}), [predicted(1, (SECOND, 0.7), (FIRST, 0.9), (ELSEWHERE, 0.8))]
-    )
+    metrics = evaluate(truth({1: [FIRST, SECOND]}), [predicted(1, (SECOND, 0.7), (FIRST, 0.9), (ELSEWHERE, 0.8))])
     # By score: right (precision 1, recall 1/2), wrong (1/2, 1/2), right (2/3, 1). Of 101 recalls 51 have 1, 50 2/3.
     expected = (51 + 50 * 2 / 3) / 101
     for region in (metrics.segm, metrics.bbox):
@@ -63,7 +61,7 @@ def test_precision_and_recall_of_a_right_a_wrong_and_a_right_prediction():
 
 def test_each_threshold_counts_for_itself():
     # Shifted by 2 of 10 columns: IoU 80 / 120 = 2/3, enough for 0.50, 0.55, 0.60 and 0.65: 4 of the 10 thresholds.
-    metrics = evaluate_class_agnostic(truth({1: [FIRST]}), [predicted(1, ((2, 0, 10, 10), 0.5))])
+    metrics = evaluate(truth({1: [FIRST]}), [predicted(1, ((2, 0, 10, 10), 0.5))])
     for region in (metrics.segm, metrics.bbox):
         assert region.ap == pytest.approx(0.4)
         assert (region.ap50, region.ap75) == pytest.approx((1.0, 0.0))
@@ -72,9 +70,7 @@ def test_each_threshold_counts_for_itself():
 
 def test_objects_are_sorted_by_area():
     small, medium, large = (0, 0, 31, 31), (0, 40, 50, 50), (60, 0, 97, 97)
-    metrics = evaluate_class_agnostic(
-        truth({1: [small, medium, large]}), [predicted(1, (small, 0.9), (large, 0.8), (ELSEWHERE, 0.7))]
-    )
+    metrics = evaluate(truth({1: [small, medium, large]}), [predicted(1, (small, 0.9), (large, 0.8), (ELSEWHERE, 0.7))])
     assert (metrics.segm.ap_small, metrics.segm.ap_medium, metrics.segm.ap_large) == pytest.approx((1.0, 0.0, 1.0))
     assert (metrics.segm.ar_small, metrics.segm.ar_medium, metrics.segm.ar_large) == pytest.approx((1.0, 0.0, 1.0))
     # Two of three found, by all sizes: recalls up to 2/3 are 67 of the 101.
@@ -82,7 +78,7 @@ def test_objects_are_sorted_by_area():
 
 
 def test_sizes_without_objects_have_no_numbers():
-    metrics = evaluate_class_agnostic(truth({1: [FIRST]}), [predicted(1, (FIRST, 0.9))])
+    metrics = evaluate(truth({1: [FIRST]}), [predicted(1, (FIRST, 0.9))])
     assert (metrics.segm.ap_small, metrics.segm.ap_medium, metrics.segm.ap_large) == pytest.approx((1.0, None, None))
     assert (metrics.bbox.ar_small, metrics.bbox.ar_medium, metrics.bbox.ar_large) == pytest.approx((1.0, None, None))
 
@@ -90,7 +86,7 @@ def test_sizes_without_objects_have_no_numbers():
 def test_an_annotations_own_area_decides_its_size():
     ground_truth = truth({1: [FIRST]})
     ground_truth["annotations"][0]["area"] = 5000.0
-    metrics = evaluate_class_agnostic(ground_truth, [predicted(1, (FIRST, 0.9))])
+    metrics = evaluate(ground_truth, [predicted(1, (FIRST, 0.9))])
     assert (metrics.segm.ap_small, metrics.segm.ap_medium) == pytest.approx((None, 1.0))
 
 
@@ -99,7 +95,7 @@ def test_a_wrong_prediction_hurts_only_the_size_of_its_own_region():
     small, medium = (0, 0, 20, 20), (60, 60, 50, 50)
     rles = encode_rle(rectangles(ELSEWHERE, small, medium))
     boxes = [(100.0, 0.0, 50.0, 50.0), (0.0, 0.0, 20.0, 20.0), (60.0, 60.0, 50.0, 50.0)]
-    metrics = evaluate_class_agnostic(truth({1: [small, medium]}), [Detections(1, rles, boxes, [0.9, 0.8, 0.7])])
+    metrics = evaluate(truth({1: [small, medium]}), [Detections(1, rles, boxes, [0.9, 0.8, 0.7])])
     assert (metrics.segm.ap_small, metrics.segm.ap_medium) == pytest.approx((0.5, 1.0))
     assert (metrics.bbox.ap_small, metrics.bbox.ap_medium) == pytest.approx((1.0, 0.5))
 
@@ -109,7 +105,7 @@ def test_categories_do_not_matter():
     for annotation, category in zip(ground_truth["annotations"], (7, 90), strict=True):
         annotation["category_id"] = category
     ground_truth["categories"] = []
-    metrics = evaluate_class_agnostic(ground_truth, [predicted(1, (FIRST, 0.9), (SECOND, 0.8))])
+    metrics = evaluate(ground_truth, [predicted(1, (FIRST, 0.9), (SECOND, 0.8))])
     assert metrics.segm.ap == pytest.approx(1.0)
 
 
@@ -117,7 +113,7 @@ def test_predictions_in_a_crowd_are_neither_right_nor_wrong():
     ground_truth = truth({1: [FIRST, (80, 80, 60, 60)]})
     ground_truth["annotations"][1]["iscrowd"] = 1
     in_crowd = [((80 + 12 * i, 80, 10, 10), 0.9) for i in range(3)]
-    metrics = evaluate_class_agnostic(ground_truth, [predicted(1, *in_crowd, (FIRST, 0.5))])
+    metrics = evaluate(ground_truth, [predicted(1, *in_crowd, (FIRST, 0.5))])
     assert metrics.segm.ap == pytest.approx(1.0)
     assert metrics.bbox.ap == pytest.approx(1.0)
     assert metrics.objects == 1
@@ -125,15 +121,15 @@ def test_predictions_in_a_crowd_are_neither_right_nor_wrong():
 
 def test_at_most_a_hundred_predictions_an_image_count():
     wrong = [((120, 120, 5 + i % 30, 5 + i // 30), 0.9) for i in range(100)]
-    metrics = evaluate_class_agnostic(truth({1: [FIRST]}), [predicted(1, *wrong, (FIRST, 0.1))])
+    metrics = evaluate(truth({1: [FIRST]}), [predicted(1, *wrong, (FIRST, 0.1))])
     assert metrics.segm.ar100 == 0.0
-    metrics = evaluate_class_agnostic(truth({1: [FIRST]}), [predicted(1, *wrong[:99], (FIRST, 0.1))])
+    metrics = evaluate(truth({1: [FIRST]}), [predicted(1, *wrong[:99], (FIRST, 0.1))])
     assert metrics.segm.ar100 == pytest.approx(1.0)
     assert metrics.segm.ar10 == 0.0
 
 
 def test_corloc_is_the_share_of_images_with_a_localised_object():
-    metrics = evaluate_class_agnostic(
+    metrics = evaluate(
         truth({1: [FIRST, SECOND], 2: [FIRST], 3: [FIRST], 4: [], 5: []}),
         [
             predicted(1, (ELSEWHERE, 0.9), ((50, 50, 5, 10), 0.1)),  # half of the second object: exactly 0.5
@@ -148,11 +144,11 @@ def test_corloc_is_the_share_of_images_with_a_localised_object():
 def test_corloc_goes_by_masks_and_leaves_out_crowds():
     rle = encode_rle(rectangles((0, 0, 2, 2)))
     box_only = Detections(1, rle, [(0.0, 0.0, 10.0, 10.0)], [0.9])
-    metrics = evaluate_class_agnostic(truth({1: [FIRST]}), [box_only])
+    metrics = evaluate(truth({1: [FIRST]}), [box_only])
     assert (metrics.bbox.ap, metrics.segm.ap, metrics.corloc) == pytest.approx((1.0, 0.0, 0.0))
     ground_truth = truth({1: [FIRST]})
     ground_truth["annotations"][0]["iscrowd"] = 1
-    assert evaluate_class_agnostic(ground_truth, [predicted(1, (FIRST, 0.9))]).corloc is None
+    assert evaluate(ground_truth, [predicted(1, (FIRST, 0.9))]).corloc is None
 
 
 def numbers(metrics: Metrics) -> set[float | None]:
@@ -162,24 +158,24 @@ def numbers(metrics: Metrics) -> set[float | None]:
 
 @pytest.mark.parametrize("predictions", [[], [predicted(1)], [predicted(1), predicted(2)]])
 def test_no_predictions_score_zero(predictions: list[Detections]):
-    metrics = evaluate_class_agnostic(truth({1: [FIRST], 2: [(0, 0, 50, 50), (0, 60, 99, 99)]}), predictions)
+    metrics = evaluate(truth({1: [FIRST], 2: [(0, 0, 50, 50), (0, 60, 99, 99)]}), predictions)
     assert numbers(metrics) == {0.0}
     assert metrics.predictions == 0
 
 
 @pytest.mark.parametrize("predictions", [[], [predicted(1, (FIRST, 0.9))]])
 def test_no_objects_have_no_numbers(predictions: list[Detections]):
-    metrics = evaluate_class_agnostic(truth({1: [], 2: []}), predictions)
+    metrics = evaluate(truth({1: [], 2: []}), predictions)
     assert numbers(metrics) == {None}
     assert (metrics.images, metrics.objects) == (2, 0)
 
 
 def test_no_images_have_no_numbers():
-    assert numbers(evaluate_class_agnostic(truth({}), [])) == {None}
+    assert numbers(evaluate(truth({}), [])) == {None}
 
 
 def test_names_are_flat():
-    names = evaluate_class_agnostic(truth({1: [FIRST]}), []).as_dict()
+    names = evaluate(truth({1: [FIRST]}), []).as_dict()
     one_kind = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
     one_kind += ["AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"]
     expected = [f"{kind}/{name}" for kind in ("segm", "bbox") for name in one_kind]
@@ -192,9 +188,7 @@ def test_ids_of_annotations_do_not_matter():
         ground_truth = truth({1: [FIRST, SECOND]})
         for annotation, annotation_id in zip(ground_truth["annotations"], ids, strict=True):
             annotation["id"] = annotation_id
-        assert evaluate_class_agnostic(
-            ground_truth, [predicted(1, (FIRST, 0.9), (SECOND, 0.8))]
-        ).segm.ap == pytest.approx(1.0)
+        assert evaluate(ground_truth, [predicted(1, (FIRST, 0.9), (SECOND, 0.8))]).segm.ap == pytest.approx(1.0)
 
 
 def test_ground_truth_is_not_changed_and_nothing_is_printed(capsys: pytest.CaptureFixture[str]):
@@ -202,7 +196,7 @@ def test_ground_truth_is_not_changed_and_nothing_is_printed(capsys: pytest.Captu
     ground_truth["annotations"][0]["segmentation"] = [[0.0, 0.0, 10.0, 0.0, 10.0, 10.0, 0.0, 10.0]]
     before = copy.deepcopy(ground_truth)
     stdout = sys.stdout
-    assert evaluate_class_agnostic(ground_truth, [predicted(1, (FIRST, 0.9))]).segm.ap == pytest.approx(1.0)
+    assert evaluate(ground_truth, [predicted(1, (FIRST, 0.9))]).segm.ap == pytest.approx(1.0)
     assert ground_truth == before
     assert capsys.readouterr() == ("", "")
     assert sys.stdout is stdout
@@ -213,7 +207,7 @@ def test_output_is_given_back_when_pycocotools_fails():
     ground_truth["annotations"][0]["bbox"] = ["zero", 0, 10, 10]
     stdout = sys.stdout
     with pytest.raises(Exception, match=r"could not convert string"):
-        evaluate_class_agnostic(ground_truth, [predicted(1, (FIRST, 0.9))])
+        evaluate(ground_truth, [predicted(1, (FIRST, 0.9))])
     assert sys.stdout is stdout
 
 
@@ -266,11 +260,28 @@ def test_numbers_are_those_of_pycocotools(seed: int):
         scores[6:] /= 4
         predictions.append(Detections(image_id, encode_rle(masks), boxes_xywh(masks).tolist(), scores.tolist()))
 
-    metrics = evaluate_class_agnostic(ground_truth, predictions).as_dict()
+    metrics = evaluate(ground_truth, predictions).as_dict()
     for kind in ("segm", "bbox"):
         ours = [value for name, value in metrics.items() if name.startswith(kind)]
         assert ours == direct(ground_truth, predictions, kind)
         assert 0.02 < ours[0] < 0.98
+
+    for parts in ([(40,), (20, 3), (7,)], [(3, 7, 20, 40)], [(7,), (3,), (40, 20)]):
+        known = {image["id"] for image in ground_truth["images"]}
+        left = tuple(known - {image_id for part in parts for image_id in part})
+        matched = [match(*only(part, ground_truth, predictions)) for part in (*parts, left)]
+        assert summarize(matched).as_dict() == metrics, "in parts it is the same, bit for bit"
+
+
+def only(
+    image_ids: tuple[int, ...], ground_truth: dict, predictions: list[Detections]
+) -> tuple[dict, list[Detections]]:
+    """Of some images."""
+    part = ground_truth | {
+        "images": [image for image in ground_truth["images"] if image["id"] in image_ids],
+        "annotations": [one for one in ground_truth["annotations"] if one["image_id"] in image_ids],
+    }
+    return part, [record for record in predictions if record.image_id in image_ids]
 
 
 def test_records_that_contradict_themselves_are_refused():
@@ -284,26 +295,34 @@ def test_records_that_contradict_themselves_are_refused():
 def test_predictions_that_do_not_fit_the_ground_truth_are_refused():
     ground_truth = truth({1: [FIRST]})
     with pytest.raises(ValueError, match="image 2, which the ground truth does not have"):
-        evaluate_class_agnostic(ground_truth, [predicted(2)])
+        evaluate(ground_truth, [predicted(2)])
     with pytest.raises(ValueError, match="two records of predictions for image 1"):
-        evaluate_class_agnostic(ground_truth, [predicted(1), predicted(1)])
+        evaluate(ground_truth, [predicted(1), predicted(1)])
     small = Detections(1, encode_rle(torch.ones(1, 4, 5, dtype=torch.bool)), [(0.0, 0.0, 5.0, 4.0)], [0.5])
     with pytest.raises(ValueError, match=r"\(4, 5\).*image 1 of \(160, 160\)"):
-        evaluate_class_agnostic(ground_truth, [small])
+        evaluate(ground_truth, [small])
 
 
 def test_annotations_that_do_not_fit_their_images_are_refused():
     ground_truth = truth({1: [FIRST]})
     ground_truth["annotations"][0]["image_id"] = 9
     with pytest.raises(ValueError, match="annotation 1 is of image 9, which is not listed"):
-        evaluate_class_agnostic(ground_truth, [])
+        evaluate(ground_truth, [])
     ground_truth = truth({1: [FIRST]})
     ground_truth["annotations"][0]["segmentation"] = []
     with pytest.raises(ValueError, match="annotation 1 of image 1: a segmentation without polygons"):
-        evaluate_class_agnostic(ground_truth, [])
+        evaluate(ground_truth, [])
 
 
 CATEGORIES = {3: "cat", 7: "dog", 9: "tree"}
+
+
+def evaluate_by_category(
+    ground_truth: dict, predictions: list[Detections], categories: dict[int, str]
+) -> CategoryMetrics:
+    metrics = evaluate(ground_truth, predictions, categories).categories
+    assert metrics is not None
+    return metrics
 
 
 def in_categories(record: Detections, *category_ids: int) -> Detections:
@@ -364,6 +383,8 @@ def test_categories_agree_with_pycocotools():
     assert metrics.ap == pytest.approx(evaluator.stats[0])
     assert metrics.ap50 == pytest.approx(evaluator.stats[1])
     assert 0 < metrics.ap < 1
+    parts = [match(*only(ids, ground_truth, records), CATEGORIES) for ids in ((5, 2), (1,), (6, 4, 3))]
+    assert summarize(parts, CATEGORIES).categories == metrics
 
 
 def test_categories_that_nobody_knows_are_refused():
