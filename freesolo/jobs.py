@@ -27,7 +27,7 @@ from freesolo.config import (
     metric_name,
 )
 from freesolo.data.files import join, read_bytes
-from freesolo.data.ingest import pack_on_cluster
+from freesolo.data.ingest import over_shards, pack_on_cluster
 from freesolo.data.pack import ShardTask, plan_shards
 from freesolo.data.shards import DatasetManifest, read_dataset_manifest
 from freesolo.data.sources import PhotoCollection, find_photos
@@ -136,9 +136,10 @@ def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None
 
     def work(_: DatasetManifest) -> StageResult:
         started = time.monotonic()
+        connect(job.resources)
         with witnessed(job, folder, parent_url) as (witness, journal):
             tell_dataset(witness, job.dataset, context="evaluation")
-            comparison = compare(job.dataset, job.labels)
+            comparison = compare(job.dataset, job.labels, over_shards=over_shards)
             url = write_report(
                 folder,
                 witness,

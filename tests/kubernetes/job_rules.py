@@ -152,7 +152,7 @@ def _no_room(job: Job, cluster: Mapping[str, Any]) -> Iterator[str]:
         node = (quantity(limits.get("cpu", 0)) or 0, quantity(limits.get("nvidia.com/gpu", 0)) or 0)
         nodes += [node] * group.get("replicas", 0)
     if isinstance(job, config.EvaluateJob):
-        return  # the driver does it
+        return  # its tasks wait until pods come
     places = 0
     for cpus, gpus in nodes:
         here = cpus // asked.cpus_per_worker
