@@ -22,6 +22,7 @@ from rich.console import Console
 from freesolo.provenance import code_version
 from tests.benchmarks import (
     densecl_step,
+    evaluation,
     free_mask,
     inference,
     input_paths,
@@ -39,6 +40,7 @@ BENCHMARKS = (
     matrix_nms.BENCHMARK,
     inference.BENCHMARK,
     input_paths.BENCHMARK,
+    evaluation.BENCHMARK,
 )
 
 

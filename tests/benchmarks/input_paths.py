@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import io
-import logging
 import os
 import pickle
 import tempfile
@@ -41,7 +40,7 @@ from freesolo.data.pack import pack
 from freesolo.data.shards import DatasetManifest, Sample, read_shard
 from freesolo.data.views import ContrastiveView, Row, SegmentationView, View
 from freesolo.ops.masks import boxes_xywh, encode_rle
-from freesolo.settings import SegmentationViewSettings, ViewSettings
+from freesolo.settings import ResourceSettings, SegmentationViewSettings, ViewSettings
 from tests.benchmarks.measure import Benchmark, Case
 from tests.benchmarks.synthetic import ellipses
 
@@ -133,21 +132,10 @@ def cases(device: torch.device, sizes: Sizes = Sizes()) -> Iterator[Case[Any, An
 
 def our_batches(stored: Stored, view: View, batch_size: int) -> Generator[Any, None, None]:
     """As a train worker has them."""
-    import ray
-
-    from freesolo.cluster import OWN_CLUSTER
+    from freesolo.cluster import connect
     from freesolo.data.ingest import TrainingStream, configure_ray_data
 
-    if not ray.is_initialized():
-        for name, value in OWN_CLUSTER.items():
-            os.environ.setdefault(name, value)
-        ray.init(
-            address="local",
-            num_cpus=2 * CORES,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-        )
+    connect(ResourceSettings())
     configure_ray_data(cpus=float(CORES))
     stream = TrainingStream(
         dataset_url=stored.dataset,

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from freesolo.ops.masks import boxes_xywh
-from tests.benchmarks import free_mask, input_paths, matrix_nms, ray_cost, solo_targets_and_losses
+from tests.benchmarks import evaluation, free_mask, input_paths, matrix_nms, ray_cost, solo_targets_and_losses
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Benchmark, Case, Comparison, Measurement, as_json, compare, table
 from tests.benchmarks.synthetic import ellipses
@@ -173,6 +173,13 @@ def test_both_input_paths_give_batches_of_the_same_kind():
         case.check()
         assert case.limit is not None
         case.limit()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluation_gives_pycocotools_numbers():
+    for case in evaluation.cases(CPU, evaluation.TINY):
+        case.check()
+        assert 0 < case.ours().segm.ap50 < 1
 
 
 def test_benchmarks_photos_are_about_as_large_as_coco_s():
