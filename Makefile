@@ -51,8 +51,8 @@ endif
 
 ABLATIONS_CONFIG := configs/ablations/demo.yaml
 
-ablations: $(READY)  ## What each part of the method is worth, on the demo's scenes (2 to 3 hours on 2 cores)
-	@echo "ablations: 2 to 3 hours on 2 cores; the same command goes on where it stopped"
+ablations: $(READY)  ## What each part of the method is worth, on the demo's scenes (about 2 hours on 2 cores)
+	@echo "ablations: about 2 hours on 2 cores; the same command goes on where it stopped"
 	@$(MAKE) --no-print-directory $(DEMO)/data/train/manifest.json $(DEMO)/data/held-out/manifest.json
 	@$(BIN)/python jobs/run_ablations.py --config $(ABLATIONS_CONFIG) --run-name ablations --storage $(DEMO)/runs \
 		dataset=$(DEMO)/data/train evaluation_dataset=$(DEMO)/data/held-out

@@ -33,19 +33,34 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardLabels:
+    """What a label set has of a shard.
+
+    Attributes:
+        url: Of the label set.
+        file: Of the shard.
+        category_ids: COCO's ids of the categories that it tells apart, ascending; none for class-agnostic labels.
+    """
+
+    url: str
+    file: LabelFile
+    category_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ShardTask:
     """A shard, and what each label set has of it.
 
     Attributes:
         dataset: URL of the data set.
         shard: One of its shards.
-        labels: Of each label set its URL, the shard's label file and COCO's ids of the categories that it tells apart.
+        labels: Of each label set.
         categories: Names of all of the data set's categories, by COCO's id.
     """
 
     dataset: str
     shard: ShardInfo
-    labels: tuple[tuple[str, LabelFile, tuple[int, ...]], ...]
+    labels: tuple[ShardLabels, ...]
     categories: dict[int, str]
 
 
@@ -65,23 +80,19 @@ def compare(dataset: str, label_sets: Mapping[str, str], *, over_shards: OverSha
     manifest = check_comparable(dataset, label_sets)
     names = {category["id"]: str(category.get("name", category["id"])) for category in manifest.categories}
     opened = [read_labels_of(url, manifest) for url in label_sets.values()]
-    told_apart = [_category_ids(label_set) for label_set in opened]
     tasks = [
         ShardTask(
             dataset=dataset,
             shard=shard,
-            labels=tuple(
-                (label_set.url, label_set.manifest.files[number], ids)
-                for label_set, ids in zip(opened, told_apart, strict=True)
-            ),
+            labels=tuple(ShardLabels(one.url, one.manifest.files[number], _category_ids(one)) for one in opened),
             categories=names,
         )
         for number, shard in enumerate(manifest.shards)
     ]
-    matched: list[list[Matches]] = list(over_shards(match_shard, tasks))
+    of_shards: list[list[Matches]] = list(over_shards(match_shard, tasks))
     rows = {
-        name: summarize([of_shard[number] for of_shard in matched], names if told_apart[number] else None)
-        for number, name in enumerate(label_sets)
+        name: summarize([matches[number] for matches in of_shards], names if _category_ids(labels) else None)
+        for number, (name, labels) in enumerate(zip(label_sets, opened, strict=True))
     }
     return Comparison(manifest.digest, rows)
 
@@ -95,8 +106,12 @@ def match_shard(task: ShardTask) -> list[Matches]:
     """
     truth = ground_truth(task.dataset, [task.shard])
     return [
-        match(truth, _detections(read_label_file(url, file), ids), task.categories if ids else None)
-        for url, file, ids in task.labels
+        match(
+            truth,
+            _detections(read_label_file(labels.url, labels.file), labels.category_ids),
+            task.categories if labels.category_ids else None,
+        )
+        for labels in task.labels
     ]
 
 
