@@ -204,11 +204,16 @@ def match(
     objects = [_object(annotation, sizes, number) for number, annotation in enumerate(ground_truth["annotations"], 1)]
     masks, boxes = _results(records, "segm"), _results(records, "bbox")
     localised, with_objects = _localised(objects, records)
+    by_category: list[CocoMatch] | None = None
+    if categories is not None:
+        named = _with_categories(objects, [one["category_id"] for one in ground_truth["annotations"]], categories)
+        told = [category for record in records.values() for category in _categories_of(record)]
+        by_category = _matches(sizes, named, _with_categories(masks, told, categories), "segm", sorted(categories))
     return Matches(
         image_ids=tuple(sorted(sizes)),
         segm=_matches(sizes, objects, masks, "segm"),
         bbox=_matches(sizes, objects, boxes, "bbox"),
-        by_category=None if categories is None else _matches_by_category(ground_truth, records, sizes, categories),
+        by_category=by_category,
         localised=localised,
         with_objects=with_objects,
         objects=sum(not thing["iscrowd"] for thing in objects),
@@ -241,23 +246,13 @@ def summarize(parts: Sequence[Matches], categories: Mapping[int, str] | None = N
     )
 
 
-def _matches_by_category(
-    ground_truth: Mapping[str, Any],
-    records: Mapping[int, Detections],
-    sizes: Mapping[int, tuple[int, int]],
-    categories: Mapping[int, str],
-) -> list[CocoMatch]:
-    objects = [
-        _object(annotation, sizes, number) | {"category_id": annotation["category_id"]}
-        for number, annotation in enumerate(ground_truth["annotations"], 1)
-    ]
-    results = _results(records, "segm")
-    given = [category for record in records.values() for category in _categories_of(record)]
-    for result, category in zip(results, given, strict=True):
-        result["category_id"] = category
-    if unknown := {thing["category_id"] for thing in [*objects, *results]} - set(categories):
+def _with_categories(
+    regions: Sequence[dict[str, Any]], category_ids: Sequence[int], categories: Mapping[int, str]
+) -> list[dict[str, Any]]:
+    """Objects or results of COCO's categories, where they were of one."""
+    if unknown := set(category_ids) - set(categories):
         raise ValueError(f"category {min(unknown)} is none of the {len(categories)} known ones")
-    return _matches(sizes, objects, results, "segm", sorted(categories))
+    return [region | {"category_id": each} for region, each in zip(regions, category_ids, strict=True)]
 
 
 def _category_metrics(parts: Sequence[Matches], categories: Mapping[int, str]) -> CategoryMetrics:
