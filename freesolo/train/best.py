@@ -12,10 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
-import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from freesolo.data.files import atomic_writer, exists, join, list_files, read_bytes, remove_file, write_atomic
@@ -25,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class BestCheckpoint:
-    """Uploads checkpoints that are better than all before, while training goes on.
+    """Uploads checkpoints that are better than all before.
 
     Args:
         stage_url: Folder of the stage.
@@ -36,11 +33,9 @@ class BestCheckpoint:
         self._record_url = join(stage_url, "best.json")
         record = json.loads(read_bytes(self._record_url)) if exists(self._record_url) else {}
         self._lowest: float = record.get("loss", math.inf)
-        self._uploads = ThreadPoolExecutor(1, thread_name_prefix="best checkpoint")
-        self._pending: list[Future[None]] = []
 
     def offer(self, folder: Path, name: str, loss: float) -> None:
-        """Keep a checkpoint if it is the best; its folder may be removed as soon as this returns.
+        """Keep a checkpoint if it is the best. One that cannot be kept is told of: training has not failed for it.
 
         Args:
             folder: Its files.
@@ -50,29 +45,15 @@ class BestCheckpoint:
         if loss >= self._lowest:
             return
         self._lowest = loss
-        # The files themselves, under names of their own.
-        copy = Path(tempfile.mkdtemp(prefix="freesolo-best-"))
-        for file in folder.iterdir():
-            os.link(file, copy / file.name)
-        self._pending.append(self._uploads.submit(self._upload, copy, name, loss))
-
-    def close(self) -> None:
-        """Wait for what is still being uploaded. What could not be is told; training has not failed for it."""
-        self._uploads.shutdown(wait=True)
-        for upload in self._pending:
-            error = upload.exception()
-            if error is not None and not isinstance(error, UsageError | JobError):
-                raise error
-            if error is not None:
-                _LOG.warning("the best checkpoint was not kept: %s", error)
+        try:
+            self._upload(folder, name, loss)
+        except (UsageError, JobError) as error:
+            _LOG.warning("the best checkpoint was not kept: %s", error)
 
     def _upload(self, folder: Path, name: str, loss: float) -> None:
-        try:
-            for file in folder.iterdir():
-                with file.open("rb") as source, atomic_writer(join(self._stage_url, "best", name, file.name)) as target:
-                    shutil.copyfileobj(source, target)
-        finally:
-            shutil.rmtree(folder)
+        for file in folder.iterdir():
+            with file.open("rb") as source, atomic_writer(join(self._stage_url, "best", name, file.name)) as target:
+                shutil.copyfileobj(source, target)
         record = {"checkpoint": f"best/{name}", "loss": loss}
         write_atomic(self._record_url, json.dumps(record).encode())
         for other in list_files(join(self._stage_url, "best")):

@@ -7,10 +7,12 @@ progress.json   step, what of the data was consumed, settings, commit; checksums
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from freesolo.data.documents import canonical_digest, parse_json
 from freesolo.data.order import StreamState
@@ -31,13 +33,40 @@ class DamagedCheckpointError(JobError):
     """A checkpoint that is not what was saved: files missing, cut short or altered."""
 
 
-def save_checkpoint(folder: Path, learner: Learner, progress: Progress, settings: Settings, git_commit: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a checkpoint holds of a run, as it was at a step: training may go on while it is written.
+
+    Attributes:
+        state: Copied to the CPU: weights, momentum encoder and queues where there are any, optimiser, running average.
+        progress: Step, what of the data has been consumed, bad samples.
+    """
+
+    state: dict[str, Any]
+    progress: Progress
+
+
+def take_snapshot(learner: Learner, progress: Progress) -> Snapshot:
+    """Copy what a checkpoint holds; it takes as much memory again as the learner's state."""
+    return Snapshot(_copy(learner.state_dict()), progress)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copy, value))
+    return value
+
+
+def save_checkpoint(folder: Path, snapshot: Snapshot, settings: Settings, git_commit: str) -> None:
     """Write a checkpoint.
 
     Args:
         folder: Exists and is empty.
-        learner: Weights, momentum encoder and queues where there are any, optimiser, running average.
-        progress: Step, what of the data has been consumed, bad samples.
+        snapshot: What it holds of the run.
         settings: The resolved configuration.
         git_commit: Of the code that runs.
 
@@ -45,8 +74,8 @@ def save_checkpoint(folder: Path, learner: Learner, progress: Progress, settings
         JobError: The disk is full.
     """
     with explained(str(folder)):
-        write_torch_file(learner.state_dict(), folder / _WEIGHTS)
-        _write_record(folder, progress, settings, git_commit)
+        write_torch_file(snapshot.state, folder / _WEIGHTS)
+        _write_record(folder, snapshot.progress, settings, git_commit)
 
 
 def _write_record(folder: Path, progress: Progress, settings: Settings, git_commit: str) -> None:

@@ -142,7 +142,7 @@ def train(
         if settings.overlay_every and (done % settings.overlay_every == 0 or last):
             recorder.look(done, inputs)
         if done % settings.checkpoint_every == 0 or last or decision != "go on":
-            _check_weights(learner, done)
+            check_weights(learner, done)
             seen = advance(progress.stream, done - progress.step, stream.samples, settings.batch_size, workers)
             recorder.checkpoint(Progress(done, seen, tally.bad_samples))
         if decision == "stop" and not last:
@@ -278,7 +278,7 @@ class _Tally:
         return values
 
 
-def _check_weights(learner: Learner, step: int) -> None:
+def check_weights(learner: Learner, step: int) -> None:
     """See that what will be saved is worth going on from; the same on every worker.
 
     Raises:

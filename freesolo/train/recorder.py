@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 import time
 from contextlib import suppress
@@ -20,13 +19,13 @@ from ray.train.collective import broadcast_from_rank_zero
 from freesolo.data.files import join, write_atomic
 from freesolo.errors import JobError, StoppedError, UsageError
 from freesolo.ops.collectives import from_all_workers, rank
-from freesolo.provenance import code_version, git_commit
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import Witness
 from freesolo.train.best import BestCheckpoint
-from freesolo.train.checkpoint import save_checkpoint
+from freesolo.train.checkpoint import take_snapshot
 from freesolo.train.loop import Progress
 from freesolo.train.plan import Training, TrainingPlan
+from freesolo.train.upload import CheckpointUpload
 
 _LOG = logging.getLogger(__name__)
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -61,6 +60,7 @@ class RunRecorder:
         self._looked = time.monotonic()
         self._saved_for: set[str] = set()
         self._losses: list[float] = []
+        self._upload: CheckpointUpload | None = None
         if self._leads:
             self._stop_wanted = board.stop_wanted.remote()
             self._best = BestCheckpoint(plan.folder.url)
@@ -88,7 +88,6 @@ class RunRecorder:
             _LOG.warning("%s", another)
 
     def _close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        self._best.close()
         self._journal.flush()
         delivery = self._witness.close(status)
         self._journal.close()
@@ -169,23 +168,21 @@ class RunRecorder:
             with tempfile.NamedTemporaryFile() as file:
                 self._training.save_model(self._training.learner, Path(file.name))
                 write_atomic(self._plan.model_url, Path(file.name).read_bytes())
-        # Uploaded while training goes on. Ray knows of a checkpoint when all of it is there, and goes on from no other.
-        folder = tempfile.mkdtemp(prefix="freesolo-checkpoint-")
-        try:
-            commit = git_commit() or code_version()
-            save_checkpoint(Path(folder), self._training.learner, progress, self._plan.job, commit)
-        except (UsageError, JobError):
-            shutil.rmtree(folder)
-            raise
-        if self._losses:
-            self._best.offer(Path(folder), name, sum(self._losses) / len(self._losses))
-            self._losses = []
+        # Written and uploaded while training goes on. Ray knows of a checkpoint when all of it is there, and goes on
+        # from no other. One copy at most waits for that, so that a slow store does not fill the memory.
+        if self._upload is not None:
+            self._upload.written.wait()
+        loss = sum(self._losses) / len(self._losses) if self._losses else None
+        self._losses = []
+        snapshot = take_snapshot(self._training.learner, progress)
+        self._upload = CheckpointUpload(snapshot, self._plan.job, self._best, loss)
         ray.train.report(
             {**self.last_metrics, "step": progress.step},
-            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="freesolo-checkpoint-")),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=self._upload,
         )
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from freesolo.provenance import code_version
 from tests.benchmarks import (
+    checkpoint,
     densecl_step,
     evaluation,
     free_mask,
@@ -41,6 +42,7 @@ BENCHMARKS = (
     inference.BENCHMARK,
     input_paths.BENCHMARK,
     evaluation.BENCHMARK,
+    checkpoint.BENCHMARK,
 )
 
 

@@ -52,12 +52,18 @@ def job_of(folder: Path) -> PretrainJob:
     return load_config(PretrainJob, CONFIG, [*SETTINGS, f"dataset={folder}/data"])
 
 
-def our_times(folder: Path, name: str) -> list[float]:
-    """When each `LOG_EVERY`th step of the job was done, in seconds after the job was started."""
+def our_times(folder: Path, name: str, *others: str) -> list[float]:
+    """When each `LOG_EVERY`th step of the job was done, in seconds after the job was started.
+
+    Args:
+        folder: With the data set; runs are kept there too.
+        name: Of the run.
+        others: Settings that are not `SETTINGS`.
+    """
     command = [sys.executable, str(ROOT / "jobs/pretrain_densecl.py"), "--config", str(CONFIG), "--run-name", name]
     started = time.time()
     subprocess.run(
-        [*command, "--storage", str(folder / "runs"), f"dataset={folder}/data", *SETTINGS],
+        [*command, "--storage", str(folder / "runs"), f"dataset={folder}/data", *SETTINGS, *others],
         check=True,
         capture_output=True,
     )

@@ -52,7 +52,7 @@ from freesolo.ops.mask_storage import check_rle_counts, rle_from_coco
 from freesolo.ops.masks import decode_rle, encode_rle
 from freesolo.settings import BoundsSettings, LoopSettings, OptimizerSettings, Settings
 from freesolo.tracking.journal import Journal, read_journal
-from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint, take_snapshot
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress
 from tests.fuzz.mutation import mutate_bytes, mutate_json, write_json
@@ -511,7 +511,7 @@ def _checkpoint() -> tuple[Path, bytes, dict[str, Any]]:
     where = folder() / "checkpoint"
     where.mkdir()
     stream = StreamState(2, (Span(0, 3, 9), Span(1, 0, 12)))
-    save_checkpoint(where, _learner(), Progress(7, stream, 1), Settings(), "abc")
+    save_checkpoint(where, take_snapshot(_learner(), Progress(7, stream, 1)), Settings(), "abc")
     return where, (where / "learner.pt").read_bytes(), json.loads((where / "progress.json").read_bytes())
 
 

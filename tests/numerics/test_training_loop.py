@@ -22,7 +22,7 @@ from freesolo.errors import JobError, StoppedError, UsageError
 from freesolo.ops.collectives import rank
 from freesolo.settings import DenseCLModelSettings, LoopSettings, LossSettings, OptimizerSettings, ViewSettings
 from freesolo.solo.task import SoloTask, concatenate
-from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from freesolo.train.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint, take_snapshot
 from freesolo.train.learner import Learner
 from freesolo.train.loop import Progress, train
 from freesolo.train.plan import Look
@@ -163,7 +163,7 @@ class Kept:
         if self.folder is not None and rank() == 0:
             target = self.folder / str(progress.step)
             target.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(target, self.learner, progress, JOB, "commit")
+            save_checkpoint(target, take_snapshot(self.learner, progress), JOB, "commit")
         if progress.step == self.stop_after:
             raise KeyboardInterrupt
 
@@ -467,6 +467,24 @@ def test_the_average_follows_the_weights_and_is_what_is_kept() -> None:
     assert plain.best_module() is plain.task.module
 
 
+def test_a_snapshot_is_of_its_step_whatever_is_learned_before_it_is_written(tmp_path: Path) -> None:
+    loop = settings(steps=4, ema_decay=0.5)
+    learner, copy = learner_for(loop), learner_for(loop, seed=1)
+    train(learner, Drawn(), loop.model_copy(update={"steps": 2}), OPTIMIZER, Kept(learner))
+    snapshot = take_snapshot(learner, Progress(step=2))
+    (tmp_path / "at-once").mkdir()
+    save_checkpoint(tmp_path / "at-once", snapshot, JOB, "commit")
+    train(learner, Drawn(), loop, OPTIMIZER, Kept(learner), progress=Progress(step=2))
+    (tmp_path / "later").mkdir()
+    save_checkpoint(tmp_path / "later", snapshot, JOB, "commit")
+    assert (tmp_path / "later" / "learner.pt").read_bytes() == (tmp_path / "at-once" / "learner.pt").read_bytes()
+    assert load_checkpoint(tmp_path / "later", copy) == Progress(step=2)
+    names = [name for name, weights in learner.task.module.named_parameters() if weights.requires_grad]
+    learned, saved = learner.task.module.state_dict(), copy.task.module.state_dict()
+    assert names
+    assert not any(torch.equal(learned[name], saved[name]) for name in names), "the learner went on"
+
+
 def cut_short(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -496,7 +514,7 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(
     tmp_path: Path, name: str, damage: Callable[[Path], None], reason: str
 ) -> None:
     loop = settings()
-    save_checkpoint(tmp_path, learner_for(loop, seed=1), Progress(step=3), JOB, "commit")
+    save_checkpoint(tmp_path, take_snapshot(learner_for(loop, seed=1), Progress(step=3)), JOB, "commit")
     damage(tmp_path / name)
     learner = learner_for(loop)
     before = {key: value.clone() for key, value in learner.task.module.state_dict().items()}
@@ -510,7 +528,7 @@ def test_a_checkpoint_with_nan_in_it_is_a_damaged_one(tmp_path: Path) -> None:
     spoiled = learner_for(loop, seed=1)
     with torch.no_grad():
         spoiled.task.module.segmenter.backbone.conv1.weight[0, 0, 0, 0] = float("nan")
-    save_checkpoint(tmp_path, spoiled, Progress(step=3), JOB, "commit")
+    save_checkpoint(tmp_path, take_snapshot(spoiled, Progress(step=3)), JOB, "commit")
     reason = r"learner.pt cannot be read: module.segmenter.backbone.conv1.weight has values that are NaN or infinite$"
     with pytest.raises(DamagedCheckpointError, match=rf"^checkpoint {tmp_path}: {reason}"):
         load_checkpoint(tmp_path, learner_for(loop))
@@ -518,7 +536,7 @@ def test_a_checkpoint_with_nan_in_it_is_a_damaged_one(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     loop = settings()
-    save_checkpoint(tmp_path, learner_for(loop), Progress(), JOB, "commit")
+    save_checkpoint(tmp_path, take_snapshot(learner_for(loop), Progress()), JOB, "commit")
     record = json.loads((tmp_path / "progress.json").read_text())
     (tmp_path / "progress.json").write_text(json.dumps(record | {"format_version": 1}))
     with pytest.raises(UsageError, match="written in format 1, this freesolo reads 2"):
@@ -528,7 +546,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
     loop = settings()
     learner = learner_for(loop)
-    save_checkpoint(tmp_path, learner, Progress(), JOB, "commit")
+    save_checkpoint(tmp_path, take_snapshot(learner, Progress()), JOB, "commit")
     other = SoloTask(
         MODEL.model_copy(update={"head": MODEL.head.model_copy(update={"tower_channels": 64})}),
         "free_masks",

@@ -12,10 +12,20 @@ import torch
 from rich.console import Console
 
 from freesolo.ops.masks import boxes_xywh
-from tests.benchmarks import evaluation, free_mask, input_paths, matrix_nms, ray_cost, solo_targets_and_losses
+from tests.benchmarks import (
+    checkpoint,
+    evaluation,
+    free_mask,
+    growth,
+    input_paths,
+    matrix_nms,
+    ray_cost,
+    solo_targets_and_losses,
+)
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Benchmark, Case, Comparison, Measurement, as_json, compare, table
 from tests.benchmarks.synthetic import ellipses
+from tests.small import small_solo
 
 CPU = torch.device("cpu")
 
@@ -182,6 +192,11 @@ def test_evaluation_gives_pycocotools_numbers():
         assert 0 < case.ours().segm.ap50 < 1
 
 
+def test_what_is_copied_for_a_checkpoint_is_what_would_be_saved():
+    for case in checkpoint.cases(CPU, small_solo()):
+        case.check()
+
+
 def test_benchmarks_photos_are_about_as_large_as_coco_s():
     sizes = [len(input_paths.photo_file(480, 640, torch.Generator().manual_seed(seed))) for seed in range(3)]
     assert all(120_000 < size < 220_000 for size in sizes), sizes  # COCO's train2017 has 163 kB a photo
@@ -190,6 +205,12 @@ def test_benchmarks_photos_are_about_as_large_as_coco_s():
 def test_a_step_takes_what_it_takes_once_training_is_under_way():
     # Told of every five steps, from 30 s on; after the first twenty, 5, 10 and 40 s go by from one to the next.
     assert ray_cost.step_seconds([30.0, 50.0, 60.0, 65.0, 70.0, 80.0, 120.0]) == 2.0
+
+
+def test_a_pool_s_rate_is_that_of_the_time_when_all_of_it_is_at_work():
+    # Two actors, batches of four: the first two and the last two do not count.
+    arrivals = [(10.0, 4), (11.0, 8), (20.0, 12), (22.0, 16), (24.0, 20), (26.0, 24), (40.0, 28), (50.0, 32)]
+    assert growth.steady_rate(arrivals, actors=2) == (24 - 12) / (26.0 - 20.0)
 
 
 def test_both_sides_of_what_ray_costs_train_the_same(tmp_path: Path):

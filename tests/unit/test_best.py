@@ -30,8 +30,7 @@ def test_the_lowest_loss_stays(stage: str, tmp_path: Path) -> None:
     for name, loss in (("step-1", 3.0), ("step-2", 1.5), ("step-3", 2.0)):
         folder = saved(tmp_path, name)
         best.offer(folder, name, loss)
-        (folder / "learner.pt").unlink()  # as Ray does when it has uploaded it
-    best.close()
+        (folder / "learner.pt").unlink()  # as Ray does afterwards
     assert list_files(stage) == ["best.json", "best/step-2/learner.pt"]
     assert json.loads(read_bytes(f"{stage}/best.json")) == {"checkpoint": "best/step-2", "loss": 1.5}
     assert read_bytes(f"{stage}/best/step-2/learner.pt") == b"weights of step-2"
@@ -41,7 +40,6 @@ def test_a_run_that_goes_on_knows_how_good_it_was(stage: str, tmp_path: Path) ->
     for name, loss in (("step-1", 1.0), ("step-2", 1.1), ("step-3", 0.9)):
         best = BestCheckpoint(stage)
         best.offer(saved(tmp_path, name), name, loss)
-        best.close()
     assert list_files(stage) == ["best.json", "best/step-3/learner.pt"]
 
 
@@ -49,5 +47,4 @@ def test_what_cannot_be_uploaded_is_told(tmp_path: Path, caplog: pytest.LogCaptu
     best = BestCheckpoint(str(tmp_path / "stage"))
     (tmp_path / "stage").write_text("a file where the folder should be")
     best.offer(saved(tmp_path, "step-1"), "step-1", 1.0)
-    best.close()
     assert "the best checkpoint was not kept" in caplog.text
