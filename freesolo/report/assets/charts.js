@@ -2,7 +2,7 @@
 // arrow keys, and hides a line when its name in the legend is pressed. A trend's chart has a unit: its steps are what was
 // varied, on a logarithmic axis, and its few points are marked.
 
-const MARGIN = { top: 8, right: 12, bottom: 24, left: 50 };
+const MARGIN = { top: 8, right: 18, bottom: 24, left: 50 };
 const SMOOTH_FROM = 100; // points; shorter curves are smoothed only when asked
 
 function formatValue(value) {
