@@ -20,6 +20,7 @@ from tests.benchmarks import (
     input_paths,
     matrix_nms,
     ray_cost,
+    scaling,
     solo_targets_and_losses,
 )
 from tests.benchmarks.__main__ import main
@@ -220,3 +221,31 @@ def test_both_sides_of_what_ray_costs_train_the_same(tmp_path: Path):
     assert job.resources.max_workers == 1
     assert job.resources.gpus_per_worker == 0.0
     assert job.tracking.registered_model is None
+
+
+def test_costs_are_sums_of_times_and_requests():
+    rates = scaling.Rates(
+        pretrain_gpu=100.0, pretrain_core=10.0, extract_gpu=50.0, train_gpu=16.0, train_core=20.0, predict_gpu=25.0
+    )
+    recipe = scaling.Recipe("photos", 36_000, scaling.READ_BLOCK / 2, epochs=10, solo_steps=3600)
+    cost = scaling.cost_of(recipe, rates, scaling.Prices(gpu_hour=3.0, core_hour=0.5))
+    assert (cost.pretrain_hours, cost.extract_hours, cost.train_hours, cost.predict_hours) == (1.0, 0.2, 2.0, 0.4)
+    photos = 360_000 + 2 * 3600 * 16 + 2 * 36_000  # crops, two trainings, two labellings
+    assert cost.core_hours == 10.0 + 187_200 / 20 / 3600
+    assert cost.gets == photos / 2
+    assert cost.puts == 72.0
+    assert cost.gigabytes == photos * scaling.READ_BLOCK / 2 / 1e9
+    assert cost.gpu_hours == 3.6
+    # A GPU comes with more cores than it needs here: none is paid for.
+    assert cost.dollars == pytest.approx(3.6 * 3.0 + photos / 2 * 4e-7 + 72 * 5e-6)
+    many = replace(rates, pretrain_core=1.0)
+    assert scaling.cost_of(recipe, many, scaling.Prices(gpu_hour=3.0, core_hour=0.5)).dollars == pytest.approx(
+        cost.dollars + (100.0 + 2.6 - 24 * 3.6) * 0.5
+    )
+
+
+def test_what_gpus_share_is_asked_for_by_all_of_them():
+    rates = scaling.Rates(
+        pretrain_gpu=100.0, pretrain_core=10.0, extract_gpu=1.0, train_gpu=1.0, train_core=1.0, predict_gpu=1.0
+    )
+    assert scaling.load_of(8, rates, 1e6) == scaling.Load(80.0, 0.8, 8e8 / scaling.READ_BLOCK)
