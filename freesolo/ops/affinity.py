@@ -8,6 +8,7 @@ Legend of shapes beyond that of `freesolo.types`:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
@@ -16,6 +17,9 @@ from torch.nn import functional
 
 NEIGHBOURS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0))
 """Steps `(rows, columns)` to the K neighbours, in units of the dilation."""
+
+_FORWARD = range(len(NEIGHBOURS) // 2, len(NEIGHBOURS))
+"""Half of them, of which each pair has one."""
 
 _WHITE_D65 = (0.95047, 1.0, 1.08883)
 _BRIGHTNESS_STEP = 0.008856  # below it CIE Lab is linear
@@ -89,16 +93,16 @@ def colour_similarity(
     # of the resized image, because a batch does not carry the photo's size.
     usable = _without_bottom_rows(valid_pixels, bottom_rows_ignored)
     lab = rgb_to_lab(functional.avg_pool2d(pixels.float(), stride))
-    whole_blocks = functional.avg_pool2d(usable.float()[:, None], stride) == 1.0
-    padded_lab = functional.pad(lab, (dilation,) * 4)
-    padded_blocks = functional.pad(whole_blocks, (dilation,) * 4)
-    similarities = []
-    for step in NEIGHBOURS:
-        rows, columns = (slice(dilation * (1 + way), dilation * (1 + way) + size) for way, size in _along(step, lab))
-        distance = torch.linalg.vector_norm(lab - padded_lab[:, :, rows, columns], dim=1)
-        counts = (whole_blocks & padded_blocks[:, :, rows, columns])[:, 0]
-        similarities.append(torch.exp(-0.5 * distance) * counts)
-    return torch.stack(similarities, dim=1)
+    whole_blocks = functional.avg_pool2d(usable.float()[:, None], stride)[:, 0] == 1.0
+    similarity = lab.new_zeros(lab.shape[0], len(NEIGHBOURS), *lab.shape[2:])
+    for direction in _FORWARD:
+        a, b = _pair_ends(NEIGHBOURS[direction], whole_blocks, dilation)
+        # Channel by channel: a norm over them reads memory in strides.
+        squares = [(channel[a] - channel[b]).square() for channel in lab.unbind(dim=1)]
+        alike = torch.exp(-0.5 * (squares[0] + squares[1] + squares[2]).sqrt()) * (whole_blocks[a] & whole_blocks[b])
+        similarity[:, direction][a] = alike
+        similarity[:, _opposite(direction)][b] = alike
+    return similarity
 
 
 def pairwise_affinity_loss(
@@ -163,20 +167,55 @@ def pairwise_affinity_terms(
         ValueError: If shapes disagree.
     """
     _check_shapes(mask_logits, similarity, image_index, region)
-    inside, outside = functional.logsigmoid(mask_logits.float()), functional.logsigmoid(-mask_logits.float())
     similar = similarity >= min_similarity
-    loss_sum = inside.new_zeros(inside.shape[0])
-    pair_count = inside.new_zeros(inside.shape[0])
-    forward = range(len(NEIGHBOURS) // 2, len(NEIGHBOURS))
-    for direction in forward:
-        a, b = _pair_ends(NEIGHBOURS[direction], mask_logits, dilation)
-        negative_log_same = -torch.logaddexp(inside[a] + inside[b], outside[a] + outside[b])
-        chosen_by_a = similar[:, direction][image_index][a] & region[a]
-        chosen_by_b = similar[:, len(NEIGHBOURS) - 1 - direction][image_index][b] & region[b]
-        weight = chosen_by_a.float() + chosen_by_b.float()
-        loss_sum = loss_sum + (negative_log_same * weight).sum(dim=(1, 2))
-        pair_count = pair_count + weight.sum(dim=(1, 2))
-    return PairwiseTerms(loss_sum, pair_count)
+    return PairwiseTerms(
+        *_PairSums.apply(mask_logits.float(), similar, image_index, region, dilation)  # type: ignore[no-untyped-call]
+    )
+
+
+class _PairSums(torch.autograd.Function):
+    """What `pairwise_affinity_terms` gives, with its gradient written out.
+
+    With `m = sigmoid(x)` and `s = sigmoid(x_a + x_b)`, the probability that both are inside given that they are alike,
+    `d(-log P) / dx_a = m_a - s`. Autograd would keep and fill a whole map for each window of each term.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, similar: Tensor, image_index: Tensor, region: Tensor, dilation: int
+    ) -> tuple[Tensor, Tensor]:
+        inside, outside = functional.logsigmoid(logits), functional.logsigmoid(-logits)
+        loss_sum, pair_count = logits.new_zeros(2, logits.shape[0]).unbind()
+        weights = []
+        for direction in _FORWARD:
+            a, b = _pair_ends(NEIGHBOURS[direction], logits, dilation)
+            chosen_by_a = similar[:, direction][a][image_index] & region[a]
+            chosen_by_b = similar[:, _opposite(direction)][b][image_index] & region[b]
+            weight = chosen_by_a.float() + chosen_by_b
+            log_same = torch.logaddexp(inside[a] + inside[b], outside[a] + outside[b])
+            loss_sum -= (log_same * weight).sum(dim=(1, 2))
+            pair_count += weight.sum(dim=(1, 2))
+            weights.append(weight)
+        ctx.save_for_backward(logits, *weights)
+        ctx.dilation = dilation
+        ctx.mark_non_differentiable(pair_count)
+        return loss_sum, pair_count
+
+    @staticmethod
+    def backward(ctx: Any, *of_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, *weights = ctx.saved_tensors
+        inside = logits.sigmoid()
+        gradient = torch.zeros_like(logits)
+        for direction, weight in zip(_FORWARD, weights, strict=True):
+            a, b = _pair_ends(NEIGHBOURS[direction], logits, ctx.dilation)
+            both_inside = (logits[a] + logits[b]).sigmoid_()
+            gradient[a] += (inside[a] - both_inside).mul_(weight)
+            gradient[b] += (inside[b] - both_inside).mul_(weight)
+        return gradient.mul_(of_sums[0][:, None, None]), None, None, None, None
+
+
+def _opposite(direction: int) -> int:
+    return len(NEIGHBOURS) - 1 - direction
 
 
 def _lab_response(relative: Tensor) -> Tensor:

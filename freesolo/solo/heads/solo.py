@@ -96,7 +96,7 @@ class SoloHead(Head[SoloPredictions]):
         """As `Head.mask_logits`. Waits for the device."""
 
         def masks_of(level: int, cells: Tensor) -> Tensor:
-            features = predictions.mask_features[level][0]
+            features = predictions.mask_features[level].squeeze(0)
             maps = predictions.weights[cells] @ features.flatten(1) + predictions.biases[cells, None]
             return maps.view(-1, *features.shape[1:])
 

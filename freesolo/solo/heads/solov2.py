@@ -86,7 +86,8 @@ class SoloV2Head(Head[SoloV2Predictions]):
 
     def mask_logits(self, predictions: SoloV2Predictions, cell: Int64[Tensor, " P"]) -> Float[Tensor, "P h w"]:
         """As `Head.mask_logits`: one matrix product, which needs nothing from the device."""
-        kernels, features = predictions.kernels[0, :, cell].T, predictions.mask_features[0]
+        # Not an index: its gradient is a batch of zeros to add to.
+        kernels, features = predictions.kernels[0, :, cell].T, predictions.mask_features.squeeze(0)
         return (kernels @ features.flatten(1)).view(-1, *features.shape[1:])
 
     def _mask_features(self, pyramid: Pyramid) -> Float[Tensor, "B D h w"]:
