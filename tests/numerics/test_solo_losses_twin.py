@@ -7,6 +7,7 @@ FreeSOLO (arXiv:2202.12181) sec. 3.2 and BoxInst (arXiv:2012.02310) sec. 3.2; th
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from freesolo.ops.affinity import colour_similarity
 from freesolo.settings import LossSettings
 from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.supervisions.base import LossInputs, Positives
+from freesolo.solo.supervisions.boxes import Boxes
 from freesolo.solo.supervisions.free_masks import FreeMasks
 from freesolo.solo.supervisions.masks import Masks
 from freesolo.solo.targets import assign_targets
@@ -66,8 +68,8 @@ def twin_mean_projection(p: list[list[float]], q: list[list[float]]) -> float:
     return twin_dice(means(p), means(q)) + twin_dice(means(columns_of(p)), means(columns_of(q)))
 
 
-def twin_pairwise(p: list[list[float]], q: list[list[float]], similarity: list[list[list[float]]]) -> float:
-    """The mean over the pairs whose first pixel lies in the box of `q` and whose similarity is 0.3 or more."""
+def twin_pairwise(p: list[list[float]], q: list[list[float]], similarity: list[list[list[float]]]) -> tuple[float, int]:
+    """The sum over the pairs whose first pixel lies in the box of `q` and whose similarity is 0.3 or more; how many."""
     inside = [(row, column) for row, line in enumerate(q) for column, value in enumerate(line) if value]
     top, bottom = min(row for row, _ in inside), max(row for row, _ in inside)
     left, right = min(column for _, column in inside), max(column for _, column in inside)
@@ -79,7 +81,7 @@ def twin_pairwise(p: list[list[float]], q: list[list[float]], similarity: list[l
                     a, b = p[row][column], p[row + 2 * down][column + 2 * across]
                     total -= math.log(a * b + (1 - a) * (1 - b))
                     count += 1
-    return total / count if count else 0.0
+    return total, count
 
 
 def twin_embedding(predicted: list[float], target: list[float]) -> float:
@@ -160,10 +162,11 @@ def test_free_mask_losses_equal_their_twin(seed: int, count: int):
     for instance, image, level, cell in zip(*(column.tolist() for column in columns), strict=True):
         p, q = twin_masks(predictions, image, cell), reduced(instances.masks[instance])
         embedding = predictions.embeddings[image, :, cell].tolist()
+        pair_sum, pairs = twin_pairwise(p, q, similarity[image].tolist())
         values = {
             "max_projection": twin_max_projection(p, q),
             "mean_projection": twin_mean_projection(p, q),
-            "pairwise": twin_pairwise(p, q, similarity[image].tolist()),
+            "pairwise": pair_sum / max(pairs, 1),
             "embedding": twin_embedding(embedding, instances.embeddings[instance].tolist()),
         }
         for name, value in values.items():
@@ -199,4 +202,31 @@ def test_mask_losses_equal_their_twin(seed: int, count: int):
         "category": focal / (len(positives.cell) + 1),
         "dice": 3 * (sum(dice) / len(dice) if dice else 0.0),
     }
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("seed", "count"), [(0, 1), (1, 4), (2, 9), (3, 0)])
+def test_box_losses_equal_their_twin(seed: int, count: int):
+    inputs = random_inputs(seed, count)
+    predictions, instances, positives = inputs.predictions, Boxes().trusted(inputs.instances), inputs.positives
+    similarity = colour_similarity(inputs.images.pixels, inputs.images.valid_pixels())
+    losses = Boxes().losses(replace(inputs, instances=instances))
+    projections, pair_sums, pair_counts = [], [], []
+    columns = (positives.instance, positives.image, positives.cell)
+    for instance, image, cell in zip(*(column.tolist() for column in columns), strict=True):
+        p, q = twin_masks(predictions, image, cell), reduced(instances.masks[instance])
+        projections.append(twin_max_projection(p, q))
+        pair_sum, pairs = twin_pairwise(p, q, similarity[image].tolist())
+        pair_sums.append(pair_sum)
+        pair_counts.append(pairs)
+    focal = sum(
+        twin_focal(predictions.category_logits[image].tolist(), inputs.categories[image].tolist(), 0.25, 2.0)
+        for image in range(3)
+    )
+    expected = {
+        "category": focal / (len(positives.cell) + 1),
+        "max_projection": sum(projections) / max(len(projections), 1),
+        "pairwise": 250 / 1000 * sum(pair_sums) / max(sum(pair_counts), 1),
+    }
+    assert count == 0 or sum(pair_counts) > 0
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4, abs=1e-6)

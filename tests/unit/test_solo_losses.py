@@ -21,8 +21,10 @@ from freesolo.solo.losses import (
 )
 from freesolo.solo.supervisions import positives as subject
 from freesolo.solo.supervisions.base import LossInputs, Positives
-from freesolo.solo.supervisions.free_masks import coarse_mask_losses, pairwise_warmup
+from freesolo.solo.supervisions.boxes import Boxes
+from freesolo.solo.supervisions.free_masks import FreeMasks
 from freesolo.solo.supervisions.masks import Masks
+from freesolo.solo.supervisions.weak_terms import pairwise_warmup
 from freesolo.solo.targets import assign_targets
 from freesolo.types import GridTargets, ImageBatch, Instances
 from tests.small import small_solo
@@ -84,11 +86,15 @@ def inputs_of(
 def coarse_losses(
     made: SoloV2Predictions, labels: Instances, settings: LossSettings | None = None, **options: object
 ) -> dict[str, torch.Tensor]:
-    return coarse_mask_losses(inputs_of(made, labels, settings, **options), empty_images="unknown")
+    return FreeMasks().losses(inputs_of(made, labels, settings, **options))
 
 
 def right_losses(made: SoloV2Predictions, labels: Instances, **options: object) -> dict[str, torch.Tensor]:
     return Masks().losses(inputs_of(made, labels, **options))
+
+
+def box_losses(made: SoloV2Predictions, labels: Instances, **options: object) -> dict[str, torch.Tensor]:
+    return Boxes().losses(inputs_of(made, Boxes().trusted(labels), **options))
 
 
 def test_focal_by_hand():
@@ -224,7 +230,7 @@ def test_levels_count_alike_however_many_positives_they_have():
     assert losses["embedding"].item() == pytest.approx(-1 / len(levels), rel=1e-5)
 
 
-@pytest.mark.parametrize("losses_of", [coarse_losses, right_losses])
+@pytest.mark.parametrize("losses_of", [coarse_losses, right_losses, box_losses])
 @pytest.mark.parametrize("labels", [Instances.empty(32, 32, embedding_channels=4), instances((0, 0, 0, 0), images=[1])])
 def test_without_positives_losses_are_zero_or_background_with_gradients(losses_of, labels):
     made = predictions()
@@ -233,7 +239,7 @@ def test_without_positives_losses_are_zero_or_background_with_gradients(losses_o
     assert all(column.grad is not None for column in columns(made))
     assert all(not column.grad.any() for column in columns(made)[1:])
     assert {name for name, loss in losses.items() if loss.item() != 0} == (
-        {"category"} if losses_of is right_losses else set()
+        set() if losses_of is coarse_losses else {"category"}
     )
 
 
@@ -250,8 +256,7 @@ def test_cells_of_images_without_instances():
     labels = instances((2, 2, 9, 9), images=[0])
     made = predictions()
     unknown, background = (
-        coarse_mask_losses(inputs_of(made, labels), empty_images=choice)["category"]
-        for choice in ("unknown", "background")
+        supervision.losses(inputs_of(made, labels))["category"] for supervision in (FreeMasks(), Boxes())
     )
     alone = coarse_losses(made.each_image()[0], labels)["category"]
     torch.testing.assert_close(unknown, alone)
@@ -334,35 +339,30 @@ def test_losses_of_half_precision_predictions_are_computed_in_float32():
 
 def test_autocast_does_not_lower_the_precision():
     made = predictions()
-    for losses_of in (coarse_losses, right_losses):
+    for losses_of in (coarse_losses, right_losses, box_losses):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             inside = losses_of(made, THREE)
         torch.testing.assert_close(inside, losses_of(made, THREE), rtol=0, atol=0)
 
 
-def test_two_workers_make_one():
-    # Each worker has one image; each is told the sum of both's counts; their gradients are the whole's.
+@pytest.mark.parametrize("losses_of", [coarse_losses, right_losses, box_losses])
+def test_two_workers_make_one(losses_of):
+    # Each worker has one image. They are asked what they count, then told the sums; their gradients are the whole's.
     whole = predictions()
-    (sum(coarse_losses(whole, THREE).values()) + sum(right_losses(whole, THREE).values())).backward()
+    sum(losses_of(whole, THREE).values()).backward()
     halves = [THREE.of_image(0), THREE.of_image(1)]
     halves[1] = replace(halves[1], image_index=torch.zeros(1, dtype=torch.int64))
-    counts = [
-        (assign_targets(half, 1, 32, 32, MODEL).level == torch.arange(5)[:, None]).sum(dim=1).float() for half in halves
-    ]
-    seen = []
-
-    def sum_over_workers(own: torch.Tensor) -> torch.Tensor:
-        seen.append(own)
-        return counts[0] + counts[1]
-
+    counted = ([], [])
+    for own, image, half in zip(counted, predictions().each_image(), halves, strict=True):
+        losses_of(image, half, sum_over_workers=lambda count, own=own: own.append(count) or count)
+    sums = [first + second for first, second in zip(*counted, strict=True)]
+    assert sums
     for worker, half in enumerate(halves):
-        made = predictions()
-        alone = made.each_image()[worker]
-        coarse, right = (of(alone, half, sum_over_workers=sum_over_workers) for of in (coarse_losses, right_losses))
-        (sum(coarse.values()) + sum(right.values())).backward()
+        made, told = predictions(), iter(sums)
+        losses = losses_of(made.each_image()[worker], half, sum_over_workers=lambda _, told=told: next(told))
+        sum(losses.values()).backward()
         for column, expected in zip(columns(made), columns(whole), strict=True):
             torch.testing.assert_close(column.grad[worker], expected.grad[worker], rtol=1e-4, atol=1e-7)
-    assert [own.tolist() for own in seen] == [counts[0].tolist()] * 2 + [counts[1].tolist()] * 2
 
 
 @pytest.mark.parametrize("channels", [0, 3])
