@@ -44,11 +44,8 @@ MODEL = SoloModelSettings(
     scale_ranges=tuple((low * SCALE, high * SCALE) for low, high in SoloModelSettings().scale_ranges),
 )
 SETTINGS = InferenceSettings()
-# Eight pixels of such small photos are forty of a usual one, and less alike: BoxInst's 0.3 would leave few pairs. An
-# empty mask has no pairwise loss: at its whole weight before masks have found their boxes the term empties some for
-# good. With all of it after a fourth of the steps AP50 from boxes was 0.63, 0.29 or 0.13, by the last bits of sums; so
-# late, and with three seeds, 0.57, 0.60 and 0.66.
-WEAK_LOSSES = LossSettings(pairwise_warmup_steps=STEPS, pairwise_min_similarity=0.1)
+# Eight pixels of such small photos are forty of a usual one, and less alike; BoxInst's 0.3 would leave few pairs.
+WEAK_LOSSES = LossSettings(pairwise_warmup_steps=STEPS // 4, pairwise_min_similarity=0.1)
 
 
 def chosen_photos(coco: dict) -> list[dict]:
