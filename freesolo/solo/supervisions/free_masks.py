@@ -22,8 +22,10 @@ class FreeMasks(Supervision):
     def losses(self, inputs: LossInputs) -> dict[str, Float[Tensor, ""]]:
         """FreeSOLO's losses: each mask and embedding term is averaged over a level's positives, then over the levels.
 
-        A positive's pairwise term is the mean over the pairs that it selects. A term whose weight is 0 is neither
-        computed nor returned.
+        A term whose weight is 0 is neither computed nor returned.
+
+        # Deviation: a positive's pairwise term is the mean over the pairs that it selects, so that it is averaged as
+        the others are; BoxInst's is the mean over all positives' pairs at once, where large objects count more.
 
         Args:
             inputs: Its instances have embeddings, unless `settings.embedding` is 0.
