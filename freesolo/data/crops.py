@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+
+from freesolo.data.resizing import resize_photo
 
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 _ATTEMPTS = 10  # to fit a random rectangle into an image, as in torchvision
@@ -65,6 +66,5 @@ def cut(
 ) -> UInt8[np.ndarray, "S S 3"]:
     """A part of an image, not empty, resized to a square of `size` px, bilinearly with antialiasing."""
     left, top, width, height = box_xywh
-    # Cut before resizing: Pillow's `box` would let pixels just outside it shine in.
-    crop = Image.fromarray(np.ascontiguousarray(image[top : top + height, left : left + width]))
-    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+    # Cut before resizing, so that pixels just outside it don't shine in.
+    return resize_photo(image[top : top + height, left : left + width], size, size)

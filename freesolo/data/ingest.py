@@ -33,7 +33,7 @@ from freesolo.data.labels import LabelSet
 from freesolo.data.lease import held
 from freesolo.data.order import Order, Piece, Span, StreamState, worker_spans
 from freesolo.data.pack import PackedShard, ShardTask, check_skipped, finish_data_set, pack_shard, packing
-from freesolo.data.reading import PieceReader
+from freesolo.data.reading import SAMPLES_PER_TABLE, PieceReader
 from freesolo.data.shards import DatasetManifest, Sample, ShardInfo
 from freesolo.data.sources import PhotoCollection
 from freesolo.data.stand_ins import with_stand_ins
@@ -53,9 +53,13 @@ from freesolo.errors import JobError, UsageError
 from freesolo.progress import progress
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
-# What one decode task gets. Much smaller than Ray's default of 128 MiB, so that the samples of one shard are decoded in
-# parallel and little waits in the object store.
-BLOCK_BYTES = 4 * 2**20
+# Of what tasks hand on. Much smaller than Ray's default of 128 MiB: little waits in the object store.
+BLOCK_BYTES = 16 * 2**20
+# At once, of one stream; they wait for storage rather than compute. More than one, so that one has samples when the
+# other has come to the end of its window.
+READ_TASKS = 2
+# What a task decodes before its result is seen and it gets more to do, which takes Ray Data up to 0.2 s each time.
+SAMPLES_PER_TASK = 128
 # Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
 PIECES_PER_EXECUTION = 2000
 # Put together during the step before, or waiting for it to end.
@@ -160,8 +164,12 @@ class TrainingStream(Generic[AnyView, Batch]):
             dataset = ray.data.read_datasource(
                 Readers([self._reader(piece).tables for piece in chunk], [len(piece) for piece in chunk]),
                 override_num_blocks=len(chunk),
-                num_cpus=0.5,  # waits for storage; also keeps it from fusing with decoding
-            ).map_batches(partial(_view_block, self.view), batch_size=None, batch_format="pyarrow", num_cpus=1)
+                # No CPUs, and a limit: of those that it does not need, Ray Data would keep decoding from having any.
+                num_cpus=0,
+                concurrency=READ_TASKS,
+            ).map_batches(
+                partial(_view_samples, self.view), batch_size=SAMPLES_PER_TASK, batch_format="pyarrow", num_cpus=1
+            )
             try:
                 with full_memory_told():
                     for table in dataset.iter_batches(
@@ -383,10 +391,11 @@ def _rows_of(table: pa.Table) -> Iterator[Row]:
         yield dict(zip(table.column_names, values, strict=True))
 
 
-def _view_block(view: View, block: pa.Table) -> pa.Table:
-    """Decode and crop the samples of a block; runs in a Ray task."""
-    rows = [_view_row(view, record) for record in block.to_pylist()]
-    return pa.Table.from_pylist(rows, schema=view.schema)
+def _view_samples(view: View, samples: pa.Table) -> Iterator[pa.Table]:
+    """Decode and crop samples, a few at a time; runs in a Ray task."""
+    for start in range(0, samples.num_rows, SAMPLES_PER_TABLE):
+        rows = [_view_row(view, record) for record in samples.slice(start, SAMPLES_PER_TABLE).to_pylist()]
+        yield pa.Table.from_pylist(rows, schema=view.schema)
 
 
 def _view_row(view: View, record: Row) -> Row:

@@ -15,7 +15,8 @@ from typing import cast
 
 from freesolo.data.documents import short
 
-_BUFFER_BYTES = 2**20
+# tarfile moves what is left of its buffer at each read: of a large one that is more than it reads.
+_BUFFER_BYTES = 2**16
 # A key and an extension, not a path: nothing that a file system or a URL would follow.
 _NAME = re.compile(r"([A-Za-z0-9_-]{1,200})\.([a-z0-9]{1,8})")
 _NOT_OURS = "was this packed by freesolo?"

@@ -20,6 +20,7 @@ from freesolo.data.coco import sample_labels, without_masks
 from freesolo.data.crops import cut, random_box, scaled_box
 from freesolo.data.labels import ImageLabels, LabelledInstance
 from freesolo.data.photos import PhotoError, decode_photo
+from freesolo.data.resizing import resize_photo
 from freesolo.data.shards import Sample
 from freesolo.ops.mask_storage import pack_masks, rle_pixels
 from freesolo.ops.sizes import resized_size
@@ -139,7 +140,7 @@ class SegmentationView:
             }
         if self.category_ids and any(each.category_id >= len(self.category_ids) for each in labels.instances):
             return {"key": sample.key, "error": f"its labels have a category beyond the {len(self.category_ids)} known"}
-        pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        pixels = resize_photo(image, height, width)
         masks = self._masks(labels, height, width)
         kept = np.asarray(masks.any(axis=(1, 2)))
         if flip:

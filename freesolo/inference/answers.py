@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 
 from freesolo.data.photos import PhotoError, decode_photo
+from freesolo.data.resizing import resize_photo
 from freesolo.inference.segment import SegmentPhotos, build_segmenter
 from freesolo.models.model_file import ModelFile, load_model
 from freesolo.models.resnet import build_resnet
@@ -46,7 +46,7 @@ class EmbedPhotos:
     def __call__(self, photo: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, " E"]:
         """The embedding of an RGB photo, on the CPU."""
         height, width = resized_size(photo.shape[0], photo.shape[1], EMBEDDING_SHORT_SIDE, EMBEDDING_LONG_SIDE_MAX)
-        resized = np.array(Image.fromarray(photo).resize((width, height), Image.Resampling.BILINEAR))
+        resized = resize_photo(photo, height, width).copy()
         pixels = torch.from_numpy(resized).permute(2, 0, 1)[None].to(self._device)
         mean = self._backbone(normalize(pixels)).c5.mean(dim=(0, 2, 3))
         return torch.nn.functional.normalize(mean, dim=0).cpu()

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Int64, UInt8
-from PIL import Image
 
 from freesolo.data.labels import ImageLabels
 from freesolo.data.photos import PhotoError, decode_photo
+from freesolo.data.resizing import resize_photo
 from freesolo.data.shards import Sample, ShardError, ShardInfo, read_shard, shard_index
 from freesolo.ops.sizes import resized_size
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
@@ -203,7 +203,7 @@ def _decode(photo: EncodedPhoto, height: int, width: int) -> UInt8[np.ndarray, "
     if labels.error is not None:
         raise PhotoError(labels.error)
     image = decode_photo(photo.data, min_short_side=min(height, width), size=(labels.height, labels.width))
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return resize_photo(image, height, width)
 
 
 def _unlabelled(sample: Sample) -> ImageLabels:

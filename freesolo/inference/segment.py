@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 
+from freesolo.data.resizing import resize_photo
 from freesolo.models.model_file import ModelFile, load_model
 from freesolo.ops.images import normalize, pad_to_batch
 from freesolo.ops.sizes import resized_size
@@ -105,8 +105,7 @@ class SegmentPhotos:
     def _resize(self, photo: Photo) -> UInt8[Tensor, "3 h w"]:
         settings = self._settings
         height, width = resized_size(photo.shape[0], photo.shape[1], settings.short_side, settings.long_side_max)
-        resized = Image.fromarray(photo).resize((width, height), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        return torch.from_numpy(resize_photo(photo, height, width).copy()).permute(2, 0, 1)
 
     def _groups(self, images: Sequence[Tensor]) -> list[list[int]]:
         """Indices of images that share a forward pass."""

@@ -47,6 +47,7 @@ _REQUIREMENTS = (
     "jaxtyping",
     "pycocotools",
     "pillow",
+    "cykooz-resizer",
     "simplejpeg",
     "pyyaml",
 )

@@ -15,7 +15,7 @@ import pickle
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -165,9 +165,15 @@ def peers_batches(stored: Stored, view: View, batch_size: int) -> Generator[Any,
         .repeat()
     )
     # Spawned: a process with Ray's threads must not be forked.
-    yield from DataLoader(
-        samples, batch_size=None, num_workers=CORES, prefetch_factor=2, multiprocessing_context="spawn"
+    batches = iter(
+        DataLoader(samples, batch_size=None, num_workers=CORES, prefetch_factor=2, multiprocessing_context="spawn")
     )
+    try:
+        yield from batches
+    finally:
+        # PyTorch's workers may abort while they end, of which its handler of signals would make an error of ours.
+        with suppress(RuntimeError):
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _row(view: View, record: dict[str, Any]) -> Row:

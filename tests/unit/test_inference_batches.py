@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from freesolo.data.labels import ImageLabels
+from freesolo.data.resizing import resize_photo
 from freesolo.data.shards import Sample, ShardError, ShardInfo, shard_name, write_shard
 from freesolo.inference.batches import (
     MAX_WAITING_BATCHES,
@@ -123,7 +124,7 @@ def test_a_batch_is_decoded_resized_and_padded() -> None:
     decoded = decode_batch(EncodedBatch("shard-000000", (photo(7, 10, 20, data),)), plan)
 
     with Image.open(io.BytesIO(data)) as image:
-        expected = np.asarray(image.resize((5, 10), Image.Resampling.BILINEAR))
+        expected = resize_photo(np.asarray(image), 10, 5)
     assert decoded.pixels.shape == (1, 16, 8, 3)
     np.testing.assert_array_equal(decoded.pixels[0, :10, :5], expected)
     assert decoded.pixels[0, 10:].max() == 0
