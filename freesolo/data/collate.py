@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from freesolo.data.views import ContrastiveView, Row, SegmentationView
-from freesolo.ops.mask_storage import packed_bytes, unpack_masks
+from freesolo.ops.mask_storage import unpack_masks
 from freesolo.types import ImageBatch, Instances, SegmentationBatch
 
 
@@ -56,10 +56,14 @@ def collate_photos(view: SegmentationView, rows: Sequence[Row]) -> SegmentationB
     masks = np.zeros((sum(counts), height, width), bool)
     first = 0
     for image, row, count in zip(pixels, rows, counts, strict=True):
-        inside = slice(row["height"]), slice(row["width"])
-        image[:, *inside] = _pixels(row["pixels"], row["height"], row["width"]).transpose(2, 0, 1)
-        packed = np.frombuffer(row["masks"], np.uint8).reshape(count, packed_bytes(row["height"], row["width"]))
-        masks[first : first + count, *inside] = unpack_masks(packed, row["height"], row["width"])
+        image[:, : row["height"], : row["width"]] = _pixels(row["pixels"], row["height"], row["width"]).transpose(
+            2, 0, 1
+        )
+        boxes = np.reshape(row["mask_boxes_xyxy"], (count, 4)).tolist()
+        part_sizes = [(bottom - top, right - left) for left, top, right, bottom in boxes]
+        parts = unpack_masks(np.frombuffer(row["masks"], np.uint8), part_sizes)
+        for mask, part, (left, top, right, bottom) in zip(masks[first : first + count], parts, boxes, strict=True):
+            mask[top:bottom, left:right] = part
         first += count
     embeddings = np.concatenate([np.frombuffer(row["embeddings"], np.float16) for row in rows])
     sizes = torch.tensor([[row["height"], row["width"]] for row in rows], dtype=torch.int64)

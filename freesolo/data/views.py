@@ -7,6 +7,7 @@ in the train worker (`data.collate`); colours are changed there, on whole batche
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +23,7 @@ from freesolo.data.labels import ImageLabels, LabelledInstance
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.resizing import resize_photo
 from freesolo.data.shards import Sample
-from freesolo.ops.mask_storage import pack_masks, rle_pixels
+from freesolo.ops.mask_storage import each_rle_pixels, pack_masks
 from freesolo.ops.sizes import resized_size
 from freesolo.settings import SegmentationViewSettings, ViewSettings
 
@@ -103,7 +104,7 @@ class SegmentationView:
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the rows; masks are bits, embeddings float16."""
+        """Of the rows; masks are bits of their boxes alone, boxes four numbers after four, embeddings float16."""
         return pa.schema(
             {
                 "key": pa.string(),
@@ -113,6 +114,7 @@ class SegmentationView:
                 "width": pa.int32(),
                 "pixels": pa.binary(),
                 "masks": pa.binary(),
+                "mask_boxes_xyxy": pa.list_(pa.int32()),
                 "category_ids": pa.list_(pa.int64()),
                 "scores": pa.list_(pa.float32()),
                 "embeddings": pa.binary(),
@@ -141,18 +143,19 @@ class SegmentationView:
         if self.category_ids and any(each.category_id >= len(self.category_ids) for each in labels.instances):
             return {"key": sample.key, "error": f"its labels have a category beyond the {len(self.category_ids)} known"}
         pixels = resize_photo(image, height, width)
-        masks = self._masks(labels, height, width)
-        kept = np.asarray(masks.any(axis=(1, 2)))
+        resized = [(each, resized_mask(mask, height, width)) for each, mask in self._instances(labels)]
+        instances = [each for each, part in resized if part is not None]
+        parts = [part for _, part in resized if part is not None]
         if flip:
-            pixels, masks = pixels[:, ::-1], masks[:, :, ::-1]
-        instances = [instance for instance, keep in zip(labels.instances, kept.tolist(), strict=True) if keep]
+            pixels, parts = pixels[:, ::-1], [part.flipped(width) for part in parts]
         return {
             "key": sample.key,
             "image_id": sample.image_id,
             "height": height,
             "width": width,
             "pixels": pixels.tobytes(),
-            "masks": pack_masks(masks[kept]).tobytes(),
+            "masks": pack_masks([part.pixels for part in parts]),
+            "mask_boxes_xyxy": [side for part in parts for side in part.box_xyxy],
             "category_ids": [instance.category_id if self.category_ids else 0 for instance in instances],
             "scores": [instance.score for instance in instances],
             "embeddings": b"".join(self._embedding(instance.embedding).tobytes() for instance in instances),
@@ -163,21 +166,17 @@ class SegmentationView:
         numbers = {coco_id: number for number, coco_id in enumerate(self.category_ids)}
         return sample_labels(without_masks(sample) if self.boxes_alone else sample, numbers or None)
 
-    def _masks(self, labels: ImageLabels, height: int, width: int) -> Bool[np.ndarray, "N H W"]:
-        """Resized as the photo is."""
-        resized = np.zeros((len(labels.instances), height, width), bool)
-        for row, instance in zip(resized, labels.instances, strict=True):
-            mask = _filled_box(instance, labels) if self.boxes_alone else _mask(instance, labels)
-            row[...] = resized_mask(mask, height, width)
-        return resized
+    def _instances(self, labels: ImageLabels) -> Iterator[tuple[LabelledInstance, Bool[np.ndarray, "H W"]]]:
+        """Each with what is known of its mask, over the photo."""
+        masks: Iterator[Bool[np.ndarray, "H W"]]
+        if self.boxes_alone:
+            masks = (_filled_box(each, labels) for each in labels.instances)
+        else:
+            masks = each_rle_pixels([each.rle for each in labels.instances], labels.height, labels.width)
+        yield from zip(labels.instances, masks, strict=True)
 
     def _embedding(self, embedding: np.ndarray) -> np.ndarray:
         return embedding if embedding.size else np.zeros(self.embedding_channels, np.float16)
-
-
-def _mask(instance: LabelledInstance, labels: ImageLabels) -> Bool[np.ndarray, "H W"]:
-    mask: Bool[np.ndarray, "H W"] = rle_pixels([instance.rle], labels.height, labels.width)[0]
-    return mask
 
 
 def _filled_box(instance: LabelledInstance, labels: ImageLabels) -> Bool[np.ndarray, "H W"]:
@@ -188,22 +187,40 @@ def _filled_box(instance: LabelledInstance, labels: ImageLabels) -> Bool[np.ndar
     return box
 
 
-def resized_mask(mask: Bool[np.ndarray, "H W"], height: int, width: int) -> Bool[np.ndarray, "H2 W2"]:
+@dataclass(frozen=True, slots=True)
+class MaskPart:
+    """The part of a mask outside which there is nothing of it.
+
+    Attributes:
+        pixels: Of the part; one at least is True.
+        box_xyxy: Where it is, in px, ends exclusive.
+    """
+
+    pixels: Bool[np.ndarray, "h w"]
+    box_xyxy: tuple[int, int, int, int]
+
+    def flipped(self, width: int) -> MaskPart:
+        """That of the mask's mirror image, the mask being `width` wide."""
+        left, top, right, bottom = self.box_xyxy
+        return MaskPart(self.pixels[:, ::-1], (width - right, top, width - left, bottom))
+
+
+def resized_mask(mask: Bool[np.ndarray, "H W"], height: int, width: int) -> MaskPart | None:
     """A mask at another size: the pixels of which it covers more than half, where it is resized as photos are.
 
-    Only the part that holds it is worked on, which of most objects is small.
+    Only the part that holds it is worked on, which of most objects is small. None where nothing is left of it.
     """
-    resized = np.zeros((height, width), bool)
-    if mask.any():
-        source_rows, rows, (top, bottom) = _part(np.any(mask, axis=1, keepdims=True)[:, 0], height)
-        source_columns, columns, (left, right) = _part(np.any(mask, axis=0, keepdims=True)[0], width)
-        soft = Image.fromarray(mask[source_rows, source_columns].view(np.uint8) * 255).resize(
-            (columns.stop - columns.start, rows.stop - rows.start),
-            Image.Resampling.BILINEAR,
-            box=(left, top, right, bottom),
-        )
-        resized[rows, columns] = np.asarray(soft) > 127
-    return resized
+    if not mask.any():
+        return None
+    source_rows, rows, (top, bottom) = _part(np.any(mask, axis=1, keepdims=True)[:, 0], height)
+    source_columns, columns, (left, right) = _part(np.any(mask, axis=0, keepdims=True)[0], width)
+    soft = Image.fromarray(mask[source_rows, source_columns].view(np.uint8) * 255).resize(
+        (columns.stop - columns.start, rows.stop - rows.start),
+        Image.Resampling.BILINEAR,
+        box=(left, top, right, bottom),
+    )
+    pixels = np.asarray(soft) > 127
+    return MaskPart(pixels, (columns.start, rows.start, columns.stop, rows.stop)) if pixels.any() else None
 
 
 def _part(filled: Bool[np.ndarray, " n"], size: int) -> tuple[slice, slice, tuple[float, float]]:

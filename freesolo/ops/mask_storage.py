@@ -5,7 +5,7 @@ Arrays of numpy, not tensors: the processes that read and decode photos for a tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,13 +38,22 @@ def rle_pixels(rles: Sequence[Rle], height: int, width: int) -> Bool[np.ndarray,
     Raises:
         ValueError: If an encoding is of another size, or damaged.
     """
-    for rle in rles:
-        _check_size(rle, height, width)
+    _check(rles, height, width)
     if not rles:
         return np.zeros((0, height, width), bool)
-    check_rle_counts([rle["counts"] for rle in rles], [height * width] * len(rles))
     pixels: np.ndarray = coco_mask.decode(list(rles)).transpose(2, 0, 1).view(bool)
     return pixels
+
+
+def each_rle_pixels(rles: Sequence[Rle], height: int, width: int) -> Iterator[Bool[np.ndarray, "H W"]]:
+    """As `rle_pixels`, a mask at a time: all masks of a large photo are more than a process should hold.
+
+    Raises:
+        ValueError: As `rle_pixels`, before the first.
+    """
+    _check(rles, height, width)
+    for rle in rles:
+        yield coco_mask.decode(rle).view(bool)
 
 
 def rle_from_coco(segmentation: Any, height: int, width: int) -> Rle:
@@ -117,27 +126,37 @@ def check_rle_counts(counts: Sequence[Any], pixels: Sequence[int]) -> None:
     _refuse(totals != mask_pixels, "does not add up to the pixels of its image")
 
 
-def pack_masks(masks: Bool[np.ndarray, "N H W"]) -> UInt8[np.ndarray, "N bytes"]:
-    """Masks as bits, eight pixels a byte in row order, the most significant first; each mask padded to whole bytes."""
-    count, height, width = masks.shape
-    return np.packbits(masks.reshape(count, height * width), axis=1)
+def pack_masks(masks: Sequence[Bool[np.ndarray, "_ _"]]) -> bytes:
+    """Masks, each of its own size, as bits: eight pixels a byte in row order, the most significant first.
+
+    Each mask is padded to whole bytes.
+    """
+    return b"".join(np.packbits(mask).tobytes() for mask in masks)
 
 
-def unpack_masks(packed: UInt8[np.ndarray, "N bytes"], height: int, width: int) -> Bool[np.ndarray, "N H W"]:
+def unpack_masks(
+    packed: UInt8[np.ndarray, " bytes"], sizes: Sequence[tuple[int, int]]
+) -> Iterator[Bool[np.ndarray, "_ _"]]:
     """The inverse of `pack_masks`.
 
+    Args:
+        packed: Bits of the masks.
+        sizes: Height and width of each.
+
     Raises:
-        ValueError: If the bytes are not those of `height` x `width` masks.
+        ValueError: If the bytes are not those of masks of these sizes; before the first.
     """
-    if packed.shape[1] != packed_bytes(height, width):
-        raise ValueError(f"{packed.shape[1]} bytes a mask cannot be {height} x {width} pixels")
-    bits = np.unpackbits(packed, axis=1, count=height * width)
-    return bits.view(bool).reshape(len(packed), height, width)
+    ends = np.cumsum([(height * width + 7) // 8 for height, width in sizes], dtype=np.int64)
+    if len(packed) != (ends[-1] if len(ends) else 0):
+        raise ValueError(f"{len(packed)} bytes cannot be masks of {list(sizes)!r:.60} pixels")
+    for mask, (height, width) in zip(np.split(packed, ends)[:-1], sizes, strict=True):
+        yield np.unpackbits(mask, count=height * width).view(bool).reshape(height, width)
 
 
-def packed_bytes(height: int, width: int) -> int:
-    """How many bytes a mask takes."""
-    return (height * width + 7) // 8
+def _check(rles: Sequence[Rle], height: int, width: int) -> None:
+    for rle in rles:
+        _check_size(rle, height, width)
+    check_rle_counts([rle["counts"] for rle in rles], [height * width] * len(rles))
 
 
 def _as_text(rle: Rle) -> Rle:

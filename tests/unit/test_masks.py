@@ -123,9 +123,8 @@ def test_no_masks_have_no_anything():
     assert mask_iou(NONE, draw(FULL)).shape == (0, 1)
     assert encode_rle(NONE) == []
     assert decode_rle([], 4, 5).shape == (0, 4, 5)
-    packed = pack_masks(NONE.numpy())
-    assert packed.shape == (0, 3)
-    assert unpack_masks(packed, 4, 5).shape == (0, 4, 5)
+    assert pack_masks([]) == b""
+    assert list(unpack_masks(np.zeros(0, np.uint8), [])) == []
 
 
 def test_run_lengths_go_down_columns():
@@ -182,22 +181,27 @@ def test_coco_segmentations_that_cannot_be_are_refused():
         rle_from_coco({"size": [5, 4], "counts": [20]}, 4, 5)
 
 
-@pytest.mark.parametrize("extent", [(1, 1), (2, 4), (3, 5), (7, 9)])
-def test_packed_masks_unpack_to_themselves(extent: tuple[int, int]):
-    masks = random_masks(3, *extent)
-    packed = pack_masks(masks.numpy())
-    assert packed.shape == (3, -(-extent[0] * extent[1] // 8))
-    assert np.array_equal(unpack_masks(packed, *extent), masks.numpy())
+def test_packed_masks_unpack_to_themselves_each_of_its_own_size():
+    sizes = [(1, 1), (2, 4), (3, 5), (7, 9), (1, 1)]
+    masks = [random_masks(1, *size)[0].numpy() for size in sizes]
+
+    packed = pack_masks(masks)
+
+    assert len(packed) == 1 + 1 + 2 + 8 + 1
+    for unpacked, mask in zip(unpack_masks(np.frombuffer(packed, np.uint8), sizes), masks, strict=True):
+        assert np.array_equal(unpacked, mask)
 
 
 def test_packed_masks_put_the_first_pixel_in_the_highest_bit():
     # CORNER row by row: 11000 10000 00000 00000 -> 1100 0100 | 0000 0000 | 0000 (0000)
-    assert pack_masks(draw(CORNER).numpy()).tolist() == [[0b11000100, 0, 0]]
+    assert list(pack_masks([draw(CORNER)[0].numpy()])) == [0b11000100, 0, 0]
 
 
 def test_bytes_of_another_extent_are_refused():
-    with pytest.raises(ValueError, match="3 bytes a mask cannot be 5 x 5"):
-        unpack_masks(pack_masks(draw(CORNER).numpy()), 5, 5)
+    packed = np.frombuffer(pack_masks([draw(CORNER)[0].numpy()]), np.uint8)
+    for sizes in ([(5, 5)], [(4, 5), (1, 1)], []):
+        with pytest.raises(ValueError, match="3 bytes cannot be masks of"):
+            next(unpack_masks(packed, sizes))
 
 
 # What made pycocotools 2.0.11 crash, hang or read memory that is not its own, and some more of its kind.

@@ -12,7 +12,7 @@ from freesolo.data import views
 from freesolo.data.crops import cut, random_box, scaled_box
 from freesolo.data.photos import decode_photo
 from freesolo.data.shards import Sample
-from freesolo.data.views import ContrastiveView, resized_mask
+from freesolo.data.views import ContrastiveView, MaskPart, resized_mask
 from freesolo.settings import ViewSettings
 
 SCALE = (0.2, 1.0)
@@ -93,16 +93,41 @@ def test_masks_are_resized_as_photos_are(size: tuple[int, int]) -> None:
         soft = Image.fromarray(mask.view(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
         # What is covered to a half, give or take the last bit, may fall to either side.
         wrong += int(
-            (resized_mask(mask, height, width) != (np.asarray(soft) > 127))[np.abs(np.asarray(soft) - 127.5) > 2].sum()
+            (whole(mask, height, width) != (np.asarray(soft) > 127))[np.abs(np.asarray(soft) - 127.5) > 2].sum()
         )
     assert wrong == 0
 
 
 def test_no_mask_and_the_smallest_ones() -> None:
-    assert not resized_mask(np.zeros((4, 6), bool), 8, 12).any()
+    assert resized_mask(np.zeros((4, 6), bool), 8, 12) is None
     dot = np.zeros((4, 6), bool)
     dot[3, 5] = True
-    assert resized_mask(dot, 4, 6).tolist() == dot.tolist()
-    assert resized_mask(dot, 8, 12).sum() == 4, "one of its pixels is four of half the size"
-    assert not resized_mask(dot, 2, 3).any(), "a quarter of a pixel is none"
-    assert resized_mask(np.ones((4, 6), bool), 7, 5).all()
+    assert whole(dot, 4, 6).tolist() == dot.tolist()
+    assert whole(dot, 8, 12).sum() == 4, "one of its pixels is four of half the size"
+    assert resized_mask(dot, 2, 3) is None, "a quarter of a pixel is none"
+    assert whole(np.ones((4, 6), bool), 7, 5).all()
+
+
+def test_a_mirrored_part_lies_where_the_mirrored_mask_has_it() -> None:
+    mask = np.zeros((9, 14), bool)
+    mask[2:5, 1:4] = True
+    mask[4, 6] = True
+    part = resized_mask(mask, 9, 14)
+    assert part is not None
+
+    np.testing.assert_array_equal(placed(part.flipped(14), 9, 14), mask[:, ::-1])
+    assert part.flipped(14).flipped(14).box_xyxy == part.box_xyxy
+
+
+def whole(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A resized mask, not its part alone."""
+    part = resized_mask(mask, height, width)
+    return np.zeros((height, width), bool) if part is None else placed(part, height, width)
+
+
+def placed(part: MaskPart, height: int, width: int) -> np.ndarray:
+    """A part in its place."""
+    mask = np.zeros((height, width), bool)
+    left, top, right, bottom = part.box_xyxy
+    mask[top:bottom, left:right] = part.pixels
+    return mask
