@@ -59,7 +59,7 @@ BLOCK_BYTES = 16 * 2**20
 # other has come to the end of its window.
 READ_TASKS = 2
 # What a task decodes before its result is seen and it gets more to do, which takes Ray Data up to 0.2 s each time.
-SAMPLES_PER_TASK = 32
+SAMPLES_PER_TASK = 64
 # Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
 PIECES_PER_EXECUTION = 2000
 # Put together during the step before, or waiting for it to end.
