@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional
 
+from freesolo.ops.masks import boxes_xyxy
+
 NEIGHBOURS = tuple((row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0))
 """Steps `(rows, columns)` to the K neighbours, in units of the dilation."""
 
@@ -146,6 +148,7 @@ def pairwise_affinity_terms(
     *,
     min_similarity: float = 0.3,
     dilation: int = 2,
+    whole_maps: bool | None = None,
 ) -> PairwiseTerms:
     """The sums of `pairwise_affinity_loss` per instance, for instances that share their images' similarity maps.
 
@@ -159,6 +162,8 @@ def pairwise_affinity_terms(
         region: Pixels whose pairs may contribute.
         min_similarity: Pairs below it are ignored.
         dilation: Distance to the neighbours, as it was for `similarity`.
+        whole_maps: Work on whole maps, for which nothing need be known on the host; None: on windows around the
+            regions where that waits for nothing, on the CPU.
 
     Returns:
         Sums and counts, always in float32; both 0 for an instance that selects no pair. Sums carry a gradient.
@@ -168,9 +173,58 @@ def pairwise_affinity_terms(
     """
     _check_shapes(mask_logits, similarity, image_index, region)
     similar = similarity >= min_similarity
+    whole = region.device.type != "cpu" if whole_maps is None else whole_maps
+    windows = (_Window.whole(region),) if whole else _windows(region, dilation)
     return PairwiseTerms(
-        *_PairSums.apply(mask_logits.float(), similar, image_index, region, dilation)  # type: ignore[no-untyped-call]
+        *_PairSums.apply(  # type: ignore[no-untyped-call]
+            mask_logits.float(), similar, image_index, region, windows, dilation
+        )
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A part of some maps, of one size, in each in a place of its own.
+
+    Attributes:
+        index: Which maps, `(G,)`.
+        rows: Of the part, `(G, h, 1)`.
+        columns: Of the part, `(G, 1, w)`.
+    """
+
+    index: Int64[Tensor, " G"]
+    rows: Int64[Tensor, "_ h 1"]
+    columns: Int64[Tensor, "_ 1 w"]
+
+    @classmethod
+    def whole(cls, maps: Shaped[Tensor, "N H W"]) -> _Window:
+        """All of the maps."""
+        count, height, width = (torch.arange(size, device=maps.device) for size in maps.shape)
+        return cls(count, height[None, :, None], width[None, None, :])
+
+    @property
+    def place(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What indexes maps."""
+        return self.index[:, None, None], self.rows, self.columns
+
+
+_MAPS_AT_ONCE = 16
+"""In a window. Fewer waste less on maps whose regions are smaller, and cost more calls."""
+
+
+def _windows(region: Bool[Tensor, "N H W"], dilation: int) -> tuple[_Window, ...]:
+    """Windows that hold every pair with an end in the regions, those of a size together."""
+    extent = torch.tensor([region.shape[2], region.shape[1]])
+    boxes = boxes_xyxy(region).long()
+    low = (boxes[:, :2] - dilation).clamp(min=0)
+    sizes = torch.minimum(boxes[:, 2:] + dilation, extent) - low
+    windows = []
+    for index in sizes.prod(dim=1).argsort().split(_MAPS_AT_ONCE) if len(region) else ():
+        size = sizes[index].amax(dim=0)
+        left, top = torch.minimum(low[index], extent - size)[:, :, None, None].unbind(dim=1)
+        width, height = size.tolist()
+        windows.append(_Window(index, top + torch.arange(height)[:, None], left + torch.arange(width)))
+    return tuple(windows)
 
 
 class _PairSums(torch.autograd.Function):
@@ -182,36 +236,50 @@ class _PairSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, similar: Tensor, image_index: Tensor, region: Tensor, dilation: int
+        ctx: Any,
+        logits: Tensor,
+        similar: Tensor,
+        image_index: Tensor,
+        region: Tensor,
+        windows: tuple[_Window, ...],
+        dilation: int,
     ) -> tuple[Tensor, Tensor]:
-        inside, outside = functional.logsigmoid(logits), functional.logsigmoid(-logits)
         loss_sum, pair_count = logits.new_zeros(2, logits.shape[0]).unbind()
-        weights = []
-        for direction in _FORWARD:
-            a, b = _pair_ends(NEIGHBOURS[direction], logits, dilation)
-            chosen_by_a = similar[:, direction][a][image_index] & region[a]
-            chosen_by_b = similar[:, _opposite(direction)][b][image_index] & region[b]
-            weight = chosen_by_a.float() + chosen_by_b
-            log_same = torch.logaddexp(inside[a] + inside[b], outside[a] + outside[b])
-            loss_sum -= (log_same * weight).sum(dim=(1, 2))
-            pair_count += weight.sum(dim=(1, 2))
-            weights.append(weight)
-        ctx.save_for_backward(logits, *weights)
-        ctx.dilation = dilation
+        saved = []
+        for window in windows:
+            x, near = logits[window.place], region[window.place]
+            images = image_index[window.index][:, None, None]
+            inside, outside = functional.logsigmoid(x), functional.logsigmoid(-x)
+            saved.append(x)
+            for direction in _FORWARD:
+                a, b = _pair_ends(NEIGHBOURS[direction], x, dilation)
+                chosen_by_a = similar[images, direction, window.rows, window.columns][a] & near[a]
+                chosen_by_b = similar[images, _opposite(direction), window.rows, window.columns][b] & near[b]
+                weight = chosen_by_a.byte() + chosen_by_b
+                log_same = torch.logaddexp(inside[a] + inside[b], outside[a] + outside[b])
+                loss_sum[window.index] -= (log_same * weight).sum(dim=(1, 2))
+                pair_count[window.index] += weight.sum(dim=(1, 2))
+                saved.append(weight)
+        ctx.save_for_backward(*saved)
+        ctx.windows, ctx.shape, ctx.dilation = windows, logits.shape, dilation
         ctx.mark_non_differentiable(pair_count)
         return loss_sum, pair_count
 
     @staticmethod
-    def backward(ctx: Any, *of_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, *weights = ctx.saved_tensors
-        inside = logits.sigmoid()
-        gradient = torch.zeros_like(logits)
-        for direction, weight in zip(_FORWARD, weights, strict=True):
-            a, b = _pair_ends(NEIGHBOURS[direction], logits, ctx.dilation)
-            both_inside = (logits[a] + logits[b]).sigmoid_()
-            gradient[a] += (inside[a] - both_inside).mul_(weight)
-            gradient[b] += (inside[b] - both_inside).mul_(weight)
-        return gradient.mul_(of_sums[0][:, None, None]), None, None, None, None
+    def backward(ctx: Any, *of_sums: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        saved = iter(ctx.saved_tensors)
+        gradient = of_sums[0].new_zeros(ctx.shape)
+        for window in ctx.windows:
+            x = next(saved)
+            inside, of_window = x.sigmoid(), torch.zeros_like(x)
+            for direction in _FORWARD:
+                a, b = _pair_ends(NEIGHBOURS[direction], x, ctx.dilation)
+                weight = next(saved)
+                both_inside = (x[a] + x[b]).sigmoid_()
+                of_window[a] += (inside[a] - both_inside).mul_(weight)
+                of_window[b] += (inside[b] - both_inside).mul_(weight)
+            gradient[window.place] = of_window.mul_(of_sums[0][window.index, None, None])
+        return gradient, None, None, None, None, None
 
 
 def _opposite(direction: int) -> int:

@@ -115,6 +115,9 @@ def cases(device: torch.device, size: Size = FULL) -> tuple[Case[Any, Any], ...]
     def targets() -> GridTargets:
         return assign_targets(batch.instances, len(batch), size.height, size.width, size.model)
 
+    # Each positive's mask is a product of its kernel and the features, and so are the gradients of both.
+    flops = 3 * 2.0 * int(targets().valid.sum()) * predictions.mask_features[0].numel()
+
     def peer() -> list[list[LevelTargets]]:
         return peer_targets(on_host.instances, len(batch), size.height, size.width, size.model, device)
 
@@ -144,6 +147,7 @@ def cases(device: torch.device, size: Size = FULL) -> tuple[Case[Any, Any], ...]
             ),
             assert_equal=_assert_same_training,
             repeats=3,
+            flops=flops,
         ),
         Case(
             name="targets, mask losses, gradients",
@@ -152,6 +156,7 @@ def cases(device: torch.device, size: Size = FULL) -> tuple[Case[Any, Any], ...]
             peer=lambda: _train(predictions, lambda: peer_mask_losses(predictions, peer(), settings, size.model)),
             assert_equal=_assert_same_training,
             repeats=5,
+            flops=flops,
         ),
     )
 

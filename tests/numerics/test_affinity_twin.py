@@ -99,16 +99,20 @@ def twin_pairwise(
     return total, pairs
 
 
-@pytest.mark.parametrize("extent", [(1, 1), (2, 7), (6, 5)])
+@pytest.mark.parametrize("whole_maps", [False, True])
+@pytest.mark.parametrize("extent", [(1, 1), (2, 7), (6, 5), (9, 12)])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_pairwise_loss_equals_its_twin(extent: tuple[int, int], dilation: int):
+def test_pairwise_loss_equals_its_twin(extent: tuple[int, int], dilation: int, whole_maps: bool):
     generator = torch.Generator().manual_seed(dilation)
     # Similarities without symmetry: each end of a pair has its own.
     maps = torch.rand(2, 8, *extent, generator=generator)
     index = torch.tensor([0, 1, 1])
     logits = 3 * torch.randn(3, *extent, generator=generator)
     region = torch.rand(3, *extent, generator=generator) > 0.3
-    terms = pairwise_affinity_terms(logits, maps, index, region, min_similarity=0.4, dilation=dilation)
+    region[0, :, extent[1] // 2 :] = region[1, 1:] = region[1, :, :-1] = False  # the left half, and a corner
+    terms = pairwise_affinity_terms(
+        logits, maps, index, region, min_similarity=0.4, dilation=dilation, whole_maps=whole_maps
+    )
     expected = [twin_pairwise(logits[n], maps[index[n]], region[n], 0.4, dilation) for n in range(3)]
     torch.testing.assert_close(terms.loss_sum, torch.tensor([total for total, _ in expected]))
     assert terms.pair_count.tolist() == [pairs for _, pairs in expected]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from freesolo.ops import affinity
 from freesolo.ops.affinity import (
     NEIGHBOURS,
     colour_similarity,
@@ -143,6 +144,27 @@ def test_instances_share_their_images_maps():
     assert torch.equal(shared.pair_count, apart.pair_count)
     mean = pairwise_affinity_loss(logits, maps[index], region)
     torch.testing.assert_close(mean, shared.loss_sum.sum() / shared.pair_count.sum())
+
+
+def test_windows_and_whole_maps_give_the_same(monkeypatch: pytest.MonkeyPatch):
+    generator = torch.Generator().manual_seed(3)
+    maps = torch.rand(2, 8, 20, 30, generator=generator)
+    region = torch.zeros(7, 20, 30, dtype=torch.bool)
+    # All of it, each corner, a pixel in the middle, none.
+    region[0] = region[1, :3, :4] = region[2, 15:, :2] = region[3, :1, 29:] = region[4, 18:, 20:] = region[5, 9, 9] = (
+        True
+    )
+    index = torch.tensor([0, 1, 0, 1, 0, 1, 0])
+    results = []
+    for at_once in (1, 3, 100, None):
+        monkeypatch.setattr(affinity, "_MAPS_AT_ONCE", at_once)
+        logits = torch.randn(7, 20, 30, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        terms = pairwise_affinity_terms(logits, maps, index, region, whole_maps=at_once is None)
+        (terms.loss_sum * torch.arange(1, 8)).sum().backward()
+        results.append((terms.loss_sum.detach(), terms.pair_count, logits.grad))
+    assert results[0][1].min() == 0
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other)
 
 
 def test_loss_is_finite_for_certain_masks():

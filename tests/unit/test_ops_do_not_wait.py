@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from freesolo.ops.affinity import PairwiseTerms, colour_similarity, pairwise_affinity_loss, pairwise_affinity_terms
+from freesolo.ops.affinity import PairwiseTerms, colour_similarity, pairwise_affinity_terms
 from freesolo.ops.images import normalize
 from freesolo.ops.masks import (
     Projections,
@@ -47,9 +47,12 @@ OPERATIONS: dict[str, Callable[[], object]] = {
     "point_nms": lambda: point_nms(torch.zeros(3, 1, 8, 8)),
     "colour_similarity": lambda: colour_similarity(torch.zeros(3, 3, 8, 8), masks()),
     "pairwise_affinity_terms": lambda: pairwise_affinity_terms(
-        torch.zeros(3, 8, 8), torch.zeros(1, 8, 8, 8), indices(), masks()
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 8, 8, 8),
+        indices(),
+        masks(),
+        whole_maps=True,  # as on a GPU
     ),
-    "pairwise_affinity_loss": lambda: pairwise_affinity_loss(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8, 8), masks()),
     "normalize": lambda: normalize(torch.zeros(3, 3, 8, 8, dtype=torch.uint8)),
 }
 

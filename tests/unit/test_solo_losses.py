@@ -12,9 +12,11 @@ from torch.nn import functional
 from freesolo.settings import LossSettings
 from freesolo.solo.heads.solov2 import SoloV2Head, SoloV2Predictions
 from freesolo.solo.losses import (
+    SoftProjections,
     box_regions,
     dice_loss,
     embedding_loss,
+    mask_dice_loss,
     max_projection_loss,
     mean_projection_loss,
     sigmoid_focal_loss,
@@ -155,14 +157,16 @@ def test_max_projections_by_hand():
     # p: rows' maxima (1, 1/2), columns' (1, 1/2). q: rows' (1, 0), columns' (1, 1).
     # Rows: 1 - 2 * 1 / (1.25 + 1) = 1/9. Columns: 1 - 2 * 1.5 / (1.25 + 2) = 1/13.
     p, q = torch.tensor([[[1.0, 0.5], [0.5, 0.0]]]), torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
-    torch.testing.assert_close(max_projection_loss(p, q), torch.tensor([1 / 9 + 1 / 13]))
+    loss = max_projection_loss(SoftProjections.of(p), SoftProjections.of(q))
+    torch.testing.assert_close(loss, torch.tensor([1 / 9 + 1 / 13]))
 
 
 def test_mean_projections_by_hand():
     # p: rows' means (3/4, 1/4), columns' (3/4, 1/4). q: rows' (1, 0), columns' (1/2, 1/2).
     # Rows: 1 - 2 * 3/4 / (10/16 + 1) = 1/13. Columns: 1 - 2 * 1/2 / (10/16 + 1/2) = 1/9.
     p, q = torch.tensor([[[1.0, 0.5], [0.5, 0.0]]]), torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
-    torch.testing.assert_close(mean_projection_loss(p, q), torch.tensor([1 / 13 + 1 / 9]))
+    loss = mean_projection_loss(SoftProjections.of(p), SoftProjections.of(q))
+    torch.testing.assert_close(loss, torch.tensor([1 / 13 + 1 / 9]))
 
 
 def test_a_stray_pixel_moves_maxima_but_hardly_means():
@@ -170,7 +174,54 @@ def test_a_stray_pixel_moves_maxima_but_hardly_means():
     clean[0, 2:10, 2:10] = 1
     stray = clean.clone()
     stray[0, 14, 14] = 1
-    assert mean_projection_loss(clean, stray).item() < 0.05 * max_projection_loss(clean, stray).item()
+    projections = [SoftProjections.of(mask) for mask in (clean, stray)]
+    assert mean_projection_loss(*projections).item() < 0.05 * max_projection_loss(*projections).item()
+
+
+@pytest.mark.parametrize("extent", [(3, 1, 1), (2, 5, 3), (4, 8, 9), (0, 2, 3)])
+def test_projections_of_logits_are_those_of_their_sigmoid_with_its_gradient(extent):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(extent, generator=generator, dtype=torch.float64).requires_grad_()
+    ours, plain = SoftProjections.of_logits(logits), SoftProjections.of(logits.sigmoid())
+    names = ("column_maxima", "row_maxima", "column_means", "row_means")
+    weights = [torch.randn(getattr(plain, name).shape, generator=generator, dtype=torch.float64) for name in names]
+    for name in names:
+        torch.testing.assert_close(getattr(ours, name), getattr(plain, name))
+    gradients = [
+        torch.autograd.grad(
+            sum((getattr(one, name) * weight).sum() for name, weight in zip(names, weights, strict=True)), logits
+        )[0]
+        for one in (ours, plain)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_of_equal_maxima_one_is_taught():
+    logits = torch.zeros(1, 2, 3).requires_grad_()
+    SoftProjections.of_logits(logits).row_maxima.sum().backward()
+    assert (logits.grad != 0).sum(dim=2).tolist() == [[1, 1]]
+    assert logits.grad.sum().item() == 2 * 0.25
+
+
+@pytest.mark.parametrize("extent", [(3, 1, 1), (2, 5, 3), (0, 2, 3)])
+def test_dice_of_logits_is_that_of_their_sigmoid_with_its_gradient(extent):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(extent, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.rand(extent, generator=generator) > 0.5
+    weights = torch.randn(extent[0], generator=generator, dtype=torch.float64)
+    ours, plain = mask_dice_loss(logits, targets), dice_loss(logits.sigmoid(), targets.double())
+    torch.testing.assert_close(ours, plain)
+    gradients = [torch.autograd.grad((one * weights).sum(), logits)[0] for one in (ours, plain)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_dice_of_logits_at_their_extremes():
+    logits = torch.tensor([[[-1e4, -1e4]], [[1e4, -1e4]], [[1e4, 1e4]]]).requires_grad_()
+    targets = torch.tensor([[[False, False]], [[True, False]], [[False, False]]])
+    loss = mask_dice_loss(logits, targets)
+    loss.sum().backward()
+    assert loss.tolist() == [1.0, 0.0, 1.0]
+    assert logits.grad.isfinite().all()
 
 
 def test_embedding_loss_by_hand():
@@ -299,7 +350,7 @@ def test_chunks_do_not_change_the_losses(monkeypatch):
 
 
 def test_gradients_are_those_of_the_masks_kept():
-    # The same Dice without chunks or recomputation.
+    # The same Dice without chunks, its gradient by autograd.
     made = predictions()
     gradients = torch.autograd.grad(right_losses(made, THREE)["dice"], columns(made)[1::2])
     targets = assign_targets(THREE, 2, 32, 32, MODEL)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from freesolo.solo.heads.base import MASK_STRIDE
-from freesolo.solo.losses import dice_loss
+from freesolo.solo.losses import mask_dice_loss
 from freesolo.solo.supervisions.base import LossInputs, Supervision
 from freesolo.solo.supervisions.positives import Chunk, category_loss, level_counts, over_chunks
 from freesolo.solo.targets import mask_targets
@@ -29,7 +29,7 @@ class Masks(Supervision):
             masks = mask_targets(inputs.instances, MASK_STRIDE)
 
             def terms_of(chunk: Chunk) -> Float[Tensor, "1 P"]:
-                return dice_loss(chunk.logits.sigmoid(), masks[chunk.instance].float())[None]
+                return mask_dice_loss(chunk.logits, masks[chunk.instance])[None]
 
             dice = over_chunks(inputs, terms_of, terms=1)[0]
             return {

@@ -6,15 +6,13 @@ of 0 that depend on every prediction, with gradients of 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from freesolo.solo.losses import sigmoid_focal_loss
 from freesolo.solo.supervisions.base import LossInputs, Positives
@@ -22,8 +20,8 @@ from freesolo.solo.supervisions.base import LossInputs, Positives
 EmptyImages: TypeAlias = Literal["unknown", "background"]
 """What an image without instances says of its cells: nothing, or that there is nothing."""
 
-SLOTS_AT_ONCE = 128
-"""Masks whose losses are computed together. It bounds memory; results do not depend on it."""
+SLOTS_AT_ONCE = 256
+"""Masks whose losses are computed together. It bounds what is held for a moment; results do not depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +42,35 @@ class Chunk:
 def over_chunks(
     inputs: LossInputs, terms_of: Callable[[Chunk], Float[Tensor, "terms P"]], *, terms: int
 ) -> Float[Tensor, "terms P"]:
-    """The terms of all positives, a chunk at a time, whichever images its positives are of.
+    """The terms of all positives, a chunk at a time.
 
-    Masks and what is derived from them are computed again for the backward pass instead of kept: kept, they would be
-    tens of maps at stride 4 for each positive, more than the network's own activations.
+    What is kept of a chunk for the backward pass is what `terms_of` keeps: two or three maps of each positive, where
+    its functions have their gradients written out.
     """
     positives, images = inputs.positives, inputs.predictions.each_image()
-    ends = list(accumulate(positives.per_image))
-    starts = [end - count for end, count in zip(ends, positives.per_image, strict=True)]
-
-    def of_chunk(first: int, last: int) -> Tensor:
-        logits = [
-            inputs.head.mask_logits(image, positives.cell[max(start, first) : min(end, last)])
-            for image, start, end in zip(images, starts, ends, strict=True)
-            if max(start, first) < min(end, last)
-        ]
-        chunk = slice(first, last)
-        return terms_of(Chunk(positives.image[chunk], positives.instance[chunk], torch.cat(logits).float()))
-
-    total = sum(positives.per_image)
     parts = [inputs.predictions.category_logits.new_zeros(terms, 0, dtype=torch.float32)]
-    for first in range(0, total, SLOTS_AT_ONCE):
-        part: Tensor = checkpoint(
-            of_chunk, first, min(first + SLOTS_AT_ONCE, total), use_reentrant=False, preserve_rng_state=False
-        )
-        parts.append(part)
+    for pieces in _chunks(positives.per_image):
+        chunk = slice(pieces[0][1].start, pieces[-1][1].stop)
+        masks = [inputs.head.mask_logits(images[image], positives.cell[piece]) for image, piece in pieces]
+        logits = masks[0] if len(masks) == 1 else torch.cat(masks)
+        parts.append(terms_of(Chunk(positives.image[chunk], positives.instance[chunk], logits.float())))
     return torch.cat(parts, dim=1)
+
+
+def _chunks(per_image: Sequence[int]) -> list[list[tuple[int, slice]]]:
+    """Each chunk's images and which positives are theirs: several images with few, or one, or a part of one."""
+    chunks: list[list[tuple[int, slice]]] = []
+    first, room = 0, 0
+    for image, count in enumerate(per_image):
+        for start in range(first, first + count, SLOTS_AT_ONCE):
+            piece = slice(start, min(start + SLOTS_AT_ONCE, first + count))
+            if piece.stop - piece.start > room:
+                chunks.append([])
+                room = SLOTS_AT_ONCE
+            chunks[-1].append((image, piece))
+            room -= piece.stop - piece.start
+        first += count
+    return chunks
 
 
 def level_counts(inputs: LossInputs) -> Float[Tensor, " levels"]:

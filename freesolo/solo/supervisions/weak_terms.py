@@ -14,7 +14,7 @@ from torch import Tensor
 
 from freesolo.ops.affinity import colour_similarity, pairwise_affinity_terms
 from freesolo.solo.heads.base import MASK_STRIDE
-from freesolo.solo.losses import box_regions, max_projection_loss, mean_projection_loss
+from freesolo.solo.losses import SoftProjections, box_regions, max_projection_loss, mean_projection_loss
 from freesolo.solo.supervisions.base import LossInputs
 from freesolo.solo.supervisions.positives import Chunk, over_chunks
 from freesolo.solo.targets import mask_targets
@@ -37,18 +37,18 @@ def weak_terms(inputs: LossInputs, names: Sequence[WeakTerm]) -> dict[str, Float
     if not names:
         return {}
     masks = mask_targets(inputs.instances, MASK_STRIDE)
-    regions = box_regions(masks)
+    regions, coarse = box_regions(masks), SoftProjections.of(masks.float())
     # Of a strong view as it is: its colours are jittered and it has erased patches, the same that the network sees.
     similarity = colour_similarity(inputs.images.pixels, inputs.images.valid_pixels(), stride=MASK_STRIDE)
 
     def terms_of(chunk: Chunk) -> Float[Tensor, "terms P"]:
-        probabilities, coarse = chunk.logits.sigmoid(), masks[chunk.instance].float()
+        predicted, wanted = SoftProjections.of_logits(chunk.logits), coarse.take(chunk.instance)
         terms = []
         for name in names:
             if name == "max_projection":
-                terms.append(max_projection_loss(probabilities, coarse))
+                terms.append(max_projection_loss(predicted, wanted))
             elif name == "mean_projection":
-                terms.append(mean_projection_loss(probabilities, coarse))
+                terms.append(mean_projection_loss(predicted, wanted))
             else:
                 pairs = pairwise_affinity_terms(
                     chunk.logits,
