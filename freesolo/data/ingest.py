@@ -58,7 +58,8 @@ BLOCK_BYTES = 16 * 2**20
 # At once, of one stream; they wait for storage rather than compute. More than one, so that one has samples when the
 # other has come to the end of its window.
 READ_TASKS = 2
-# What a task decodes before its result is seen and it gets more to do, which takes Ray Data up to 0.2 s each time.
+# Of a task that decodes. Ray Data looks for tasks that have ended every 0.1 s, so that a core idles about as long after
+# each: few of them would cost more than they take.
 SAMPLES_PER_TASK = 64
 # Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
 PIECES_PER_EXECUTION = 2000
@@ -166,7 +167,7 @@ class TrainingStream(Generic[AnyView, Batch]):
                 override_num_blocks=len(chunk),
                 # No CPUs, and a limit: of those that it does not need, Ray Data would keep decoding from having any.
                 num_cpus=0,
-                concurrency=READ_TASKS,
+                concurrency=min(READ_TASKS, len(chunk)),  # Ray Data warns of more
             ).map_batches(
                 partial(_view_samples, self.view), batch_size=SAMPLES_PER_TASK, batch_format="pyarrow", num_cpus=1
             )
