@@ -11,6 +11,7 @@ No process sees the whole data set, and what has been consumed is known by count
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,14 +54,11 @@ from freesolo.errors import JobError, UsageError
 from freesolo.progress import progress
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
-# Of what tasks hand on. Much smaller than Ray's default of 128 MiB: little waits in the object store.
+# Of what tasks hand on, and so what a task decodes: about a hundred photos. Ray Data looks for tasks that have ended
+# every 0.1 s, and a core idles about as long after each. Its own 128 MiB would leave few tasks to do at once.
 BLOCK_BYTES = 16 * 2**20
-# At once, of one stream; they wait for storage rather than compute. More than one, so that one has samples when the
-# other has come to the end of its window.
-READ_TASKS = 2
-# Of a task that decodes. Ray Data looks for tasks that have ended every 0.1 s, so that a core idles about as long after
-# each: few of them would cost more than they take.
-SAMPLES_PER_TASK = 64
+# That one reader keeps at work: it waits for storage, and decodes nothing.
+DECODING_CPUS_PER_READER = 4
 # Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
 PIECES_PER_EXECUTION = 2000
 # Put together during the step before, or waiting for it to end.
@@ -167,10 +165,8 @@ class TrainingStream(Generic[AnyView, Batch]):
                 override_num_blocks=len(chunk),
                 # No CPUs, and a limit: of those that it does not need, Ray Data would keep decoding from having any.
                 num_cpus=0,
-                concurrency=min(READ_TASKS, len(chunk)),  # Ray Data warns of more
-            ).map_batches(
-                partial(_view_samples, self.view), batch_size=SAMPLES_PER_TASK, batch_format="pyarrow", num_cpus=1
-            )
+                concurrency=min(_readers(), len(chunk)),  # Ray Data warns of more
+            ).map_batches(partial(_view_block, self.view), batch_size=None, batch_format="pyarrow", num_cpus=1)
             try:
                 with full_memory_told():
                     for table in dataset.iter_batches(
@@ -392,10 +388,18 @@ def _rows_of(table: pa.Table) -> Iterator[Row]:
         yield dict(zip(table.column_names, values, strict=True))
 
 
-def _view_samples(view: View, samples: pa.Table) -> Iterator[pa.Table]:
-    """Decode and crop samples, a few at a time; runs in a Ray task."""
-    for start in range(0, samples.num_rows, SAMPLES_PER_TABLE):
-        rows = [_view_row(view, record) for record in samples.slice(start, SAMPLES_PER_TABLE).to_pylist()]
+def _readers() -> int:
+    """That keep as many CPUs at work as this process's streams may use."""
+    cpus = DataContext.get_current().execution_options.resource_limits.cpu
+    if cpus is None or math.isinf(cpus):
+        cpus = ray.cluster_resources().get("CPU", 1.0)
+    return max(1, int(cpus) // DECODING_CPUS_PER_READER)
+
+
+def _view_block(view: View, block: pa.Table) -> Iterator[pa.Table]:
+    """Decode and crop the samples of a block, a few at a time; runs in a Ray task."""
+    for start in range(0, block.num_rows, SAMPLES_PER_TABLE):
+        rows = [_view_row(view, record) for record in block.slice(start, SAMPLES_PER_TABLE).to_pylist()]
         yield pa.Table.from_pylist(rows, schema=view.schema)
 
 

@@ -14,7 +14,7 @@ from freesolo.train.worker import _failure, _reason, full_device_told
 GLOO = 'Traceback (most recent call last):\n  File "loop.py", line 1, in train\nRuntimeError: Connection closed by peer'
 DISK = 'Traceback (most recent call last):\n  File "worker.py"\nRuntimeError: step 2: the disk is full'
 LOST = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
-TASK = "\x1b[36mray::MapBatches(_view_samples)()\x1b[39m (pid=1, ip=127.0.0.1)\n  File x, line 1\nValueError: a bug"
+TASK = "\x1b[36mray::MapBatches(_view_block)()\x1b[39m (pid=1, ip=127.0.0.1)\n  File x, line 1\nValueError: a bug"
 
 
 def failed(*texts: str) -> WorkerGroupError:
