@@ -43,9 +43,10 @@ from freesolo.data.files import (
 )
 from freesolo.errors import JobError, UsageError
 
-BEAT_SECONDS = 10.0
 TIME_TO_LIVE = 120.0
-# A holder stops this much earlier than anyone may follow it.
+# A holder gives this many signs of life in the time to live,
+_BEATS = 12
+# and stops this much earlier than anyone may follow it.
 _OWN_SHARE = 0.75
 _LOOK_SECONDS = 1.0
 # Wakes the main thread from whatever it waits for. Not SIGINT: what a shell starts in the background ignores that.
@@ -109,7 +110,7 @@ class Claim:
 
 
 @contextmanager
-def held(url: str, *, beat_seconds: float = BEAT_SECONDS, time_to_live: float = TIME_TO_LIVE) -> Iterator[None]:
+def held(url: str, *, time_to_live: float = TIME_TO_LIVE) -> Iterator[None]:
     """Hold the lease at `url` for the time of the block.
 
     A lease that was left by a process elsewhere, which may be alive, is watched until it shows a sign of life, or for
@@ -118,15 +119,15 @@ def held(url: str, *, beat_seconds: float = BEAT_SECONDS, time_to_live: float = 
 
     Args:
         url: A folder of its own.
-        beat_seconds: Time between signs of life.
-        time_to_live: Without a sign of life for so long a lease is over; the same for all that use it.
+        time_to_live: Without a sign of life for so many seconds a lease is over; the same for all that use it. Its
+            holder gives twelve of them in that time.
 
     Raises:
         LeaseError: Another process holds it, and is alive; or it was lost in the block. Names the holder.
         UsageError, JobError: The store refuses, or cannot be reached.
     """
     number, claim = _claim(url, time_to_live)
-    lease = _Lease(url, number, claim, beat_seconds, time_to_live)
+    lease = _Lease(url, number, claim, time_to_live)
     lease.start()
     try:
         yield
@@ -165,11 +166,11 @@ def _claim(url: str, time_to_live: float) -> tuple[int, Claim]:
 class _Lease:
     """A claim that is kept alive by a thread of its own."""
 
-    def __init__(self, url: str, number: int, claim: Claim, beat_seconds: float, time_to_live: float) -> None:
+    def __init__(self, url: str, number: int, claim: Claim, time_to_live: float) -> None:
         self._url = url
         self._number = number
         self._claim = claim
-        self._beat_seconds = beat_seconds
+        self._beat_seconds = time_to_live / _BEATS
         self._own_seconds = time_to_live * _OWN_SHARE
         self._over = threading.Event()
         self._ending = threading.Lock()  # held while the lease is lost, or else released: never both
