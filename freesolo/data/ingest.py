@@ -54,9 +54,6 @@ from freesolo.errors import JobError, UsageError
 from freesolo.progress import progress
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
-# Of what tasks hand on, and so what a task decodes: about a hundred photos. Ray Data looks for tasks that have ended
-# every 0.1 s, and a core idles about as long after each. Its own 128 MiB would leave few tasks to do at once.
-BLOCK_BYTES = 16 * 2**20
 # That one reader keeps at work: it waits for storage, and decodes nothing.
 DECODING_CPUS_PER_READER = 4
 # Read tasks of one Ray Data execution. Small data sets run all their epochs in one, without a pause between epochs.
@@ -160,13 +157,14 @@ class TrainingStream(Generic[AnyView, Batch]):
     def _rows(self, spans: Iterable[Span]) -> Iterator[Row]:
         pieces = self.order.pieces(spans)
         while chunk := list(islice(pieces, PIECES_PER_EXECUTION)):
-            dataset = ray.data.read_datasource(
-                Readers([self._reader(piece).tables for piece in chunk], [len(piece) for piece in chunk]),
-                override_num_blocks=len(chunk),
-                # No CPUs, and a limit: of those that it does not need, Ray Data would keep decoding from having any.
-                num_cpus=0,
-                concurrency=min(_readers(), len(chunk)),  # Ray Data warns of more
-            ).map_batches(partial(_view_block, self.view), batch_size=None, batch_format="pyarrow", num_cpus=1)
+            with DataContext.current(_context(self.view.task_bytes)):  # a data set keeps the one that it was made in
+                dataset = ray.data.read_datasource(
+                    Readers([self._reader(piece).tables for piece in chunk], [len(piece) for piece in chunk]),
+                    override_num_blocks=len(chunk),
+                    # No CPUs, and a limit: any that reading does not need, Ray Data would keep from decoding.
+                    num_cpus=0,
+                    concurrency=min(_readers(), len(chunk)),  # Ray Data warns of more
+                ).map_batches(partial(_view_block, self.view), batch_size=None, batch_format="pyarrow", num_cpus=1)
             try:
                 with full_memory_told():
                     for table in dataset.iter_batches(
@@ -193,14 +191,12 @@ class TrainingStream(Generic[AnyView, Batch]):
 
 
 def configure_ray_data(*, cpus: float | None = None) -> None:
-    """Set up Ray Data in this process, which must be a train worker's: ordered, quiet, blocks of `BLOCK_BYTES`.
+    """Set up Ray Data in this process, which must be a train worker's: ordered and quiet.
 
     Args:
         cpus: The most that this process's streams may use; None: no limit.
     """
     context = DataContext.get_current()
-    context.target_max_block_size = BLOCK_BYTES
-    context.target_min_block_size = 1
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -386,6 +382,14 @@ def _rows_of(table: pa.Table) -> Iterator[Row]:
     ]
     for values in zip(*columns, strict=True):
         yield dict(zip(table.column_names, values, strict=True))
+
+
+def _context(task_bytes: int) -> DataContext:
+    """Of a stream of whose samples a task has so many bytes."""
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = task_bytes
+    context.target_min_block_size = 1
+    return context
 
 
 def _readers() -> int:

@@ -175,8 +175,11 @@ def _turn_upright(pixels: UInt8[np.ndarray, "H W 3"], orientation: int) -> UInt8
 
 def _check_scans(data: bytes) -> None:
     """Refuse a JPEG of more scans than any photo has."""
-    if data.count(b"\xff\xda") <= _MAX_SCANS:
-        return  # also what follows a photo in its file, a film or another photo, may hold these bytes
+    # Also what follows a photo in its file, a film or another photo, may hold these bytes. NumPy, because `bytes.count`
+    # takes a tenth of the time that decoding does.
+    values = np.frombuffer(data, np.uint8)
+    if np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)) <= _MAX_SCANS:
+        return
     scans, place = 0, 2
     while marker := _MARKER.search(data, place):
         kind, place = marker[0][-1], marker.end()

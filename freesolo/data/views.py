@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,14 @@ Row = dict[str, Any]
 
 @runtime_checkable
 class View(Protocol):
-    """A way to look at samples."""
+    """A way to look at samples.
+
+    Attributes:
+        task_bytes: Of the samples that one Ray task makes rows of, and at most of the rows that it hands on at a time.
+            A task costs a core about 0.1 s beside its work, and is to take a second or two.
+    """
+
+    task_bytes: ClassVar[int]
 
     @property
     def schema(self) -> pa.Schema:
@@ -45,6 +52,8 @@ class View(Protocol):
 @dataclass(frozen=True, slots=True)
 class ContrastiveView:
     """Two random resized crops of each photo, for DenseCL (MoCo v2, arXiv:2003.04297)."""
+
+    task_bytes: ClassVar[int] = 64 * 2**20
 
     settings: ViewSettings
 
@@ -96,6 +105,8 @@ class SegmentationView:
             later, as copy-paste.
         category_ids: COCO's ids of the categories to tell apart, ascending; none: all objects are category 0.
     """
+
+    task_bytes: ClassVar[int] = 16 * 2**20
 
     settings: SegmentationViewSettings
     embedding_channels: int

@@ -45,6 +45,7 @@ from tests.benchmarks.measure import Benchmark, Case
 from tests.benchmarks.synthetic import ellipses
 
 EMBEDDING_CHANNELS = 128
+DIFFERENT_PHOTOS = 256
 CORES = os.cpu_count() or 1
 
 
@@ -53,7 +54,7 @@ class Sizes:
     """How much there is to do.
 
     Attributes:
-        photos: In the data set.
+        photos: In the data set, in two shards; they look like `DIFFERENT_PHOTOS` ones over and over.
         photo_size: Height and width in px.
         instances: In each photo.
         batch_size: Of DenseCL's batches; of SOLO's it is a fourth.
@@ -62,11 +63,11 @@ class Sizes:
         short_side: Of SOLO's photos, in px.
     """
 
-    photos: int = 256
+    photos: int = 1024
     photo_size: tuple[int, int] = (480, 640)
     instances: int = 8
     batch_size: int = 64
-    batches: int = 8
+    batches: int = 16
     crop: int = 224
     short_side: int = 640
 
@@ -225,10 +226,11 @@ def store(folder: Path, sizes: Sizes) -> Stored:
     generator = torch.Generator().manual_seed(0)
     photos = folder / "photos"
     photos.mkdir()
+    different = [photo_file(*sizes.photo_size, generator) for _ in range(min(sizes.photos, DIFFERENT_PHOTOS))]
     for number in range(sizes.photos):
-        (photos / f"{number:06d}.jpg").write_bytes(photo_file(*sizes.photo_size, generator))
+        (photos / f"{number:06d}.jpg").write_bytes(different[number % len(different)])
     dataset, labels, tars = (str(folder / name) for name in ("data", "labels", "tars"))
-    manifest = pack(str(photos), dataset, samples_per_shard=max(1, sizes.photos // 4))
+    manifest = pack(str(photos), dataset, samples_per_shard=max(1, sizes.photos // 2))
     begin_label_set(labels, LabelPlan(manifest.digest, dataset, "free-masks", {"weights": "none"}, {}, None))
     Path(tars).mkdir()
     for shard in manifest.shards:
