@@ -94,7 +94,7 @@ FUZZ_SEED ?= 0
 fuzz: $(READY)  ## Damaged inputs for every parser, until one fails (about 3 minutes on 2 cores)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
-bench: $(READY)  ## Times beside named peers', asserting none (about 6 minutes on 2 cores)
+bench: $(READY)  ## Times beside named peers', asserting none (about 8 minutes on 2 cores)
 	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json
 
 test-gpu: $(READY)  ## What only a CUDA device can show (about a minute on one)

@@ -1,9 +1,9 @@
 """From shards to batches in the process that trains: photos read, decoded, cropped or resized, and put together.
 
 The peer is what people use instead: `webdataset` and a DataLoader of PyTorch with a process a core. It does the very
-same to each sample and to each batch, so what differs is who carries it from where to where. Both run without an end,
-as in a training that waits for nothing but them. The limit is libjpeg-turbo decoding the same photos on all cores, and
-nothing else.
+same to each sample and to each batch, so what differs is who carries it from where to where. Each is timed as in the
+midst of a training that waits for nothing but it, and has the machine for itself: the other is closed meanwhile. The
+limit is libjpeg-turbo decoding the same photos on all cores, and nothing else.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Stored:
 
 
 def cases(device: torch.device, sizes: Sizes = Sizes()) -> Iterator[Case[Any, Any]]:
-    """DenseCL's path and SOLO's, each open until the next is asked for; the device has no part in them."""
+    """DenseCL's path and SOLO's; the device has no part in them."""
     folder = tempfile.TemporaryDirectory(prefix="freesolo-benchmark-")
     atexit.register(folder.cleanup)
     stored = store(Path(folder.name), sizes)
@@ -112,20 +112,44 @@ def cases(device: torch.device, sizes: Sizes = Sizes()) -> Iterator[Case[Any, An
         (f"SOLO: short side {sizes.short_side} px, {sizes.instances} masks", segmentation, sizes.batch_size // 4),
     ):
         count = sizes.batches * batch_size
-        with (
-            closing(our_batches(stored, view, batch_size)) as ours,
-            closing(peers_batches(stored, view, batch_size)) as peers,
-        ):
+        ours = Turns(partial(our_batches, stored, view, batch_size))
+        peers = Turns(partial(peers_batches, stored, view, batch_size))
+        with closing(ours), closing(peers):
             yield Case(
                 name=f"{name}, {count} photos",
                 peer_name="webdataset, DataLoader",
-                ours=partial(some, ours, sizes.batches),
-                peer=partial(some, peers, sizes.batches),
+                ours=partial(ours.take, sizes.batches, instead_of=peers),
+                peer=partial(peers.take, sizes.batches, instead_of=ours),
                 assert_equal=partial(assert_batches, batch_size=batch_size),
                 repeats=5,
-                untimed=1,
+                untimed=1,  # which bears the start
                 limit=partial(decode_all, (stored.photos * -(-count // sizes.photos))[:count]),
             )
+
+
+class Turns:
+    """Batches without an end, by one of two ways that take turns.
+
+    Args:
+        begin: Starts making them.
+    """
+
+    def __init__(self, begin: Callable[[], Generator[Any, None, None]]) -> None:
+        self._begin = begin
+        self._batches: Generator[Any, None, None] | None = None
+
+    def take(self, count: int, *, instead_of: Turns) -> list[Any]:
+        """The next ones, the other way's being closed."""
+        instead_of.close()
+        if self._batches is None:
+            self._batches = self._begin()
+        return [next(self._batches) for _ in range(count)]
+
+    def close(self) -> None:
+        """Stop making them."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 # --- the two ways ----------------------------------------------------------------------------------------------------
@@ -187,11 +211,6 @@ def collate_of(view: View) -> Callable[[Any, Sequence[Row]], Any]:
     from freesolo.data.collate import collate_crops, collate_photos
 
     return collate_crops if isinstance(view, ContrastiveView) else collate_photos
-
-
-def some(batches: Iterator[Any], count: int) -> list[Any]:
-    """The next ones."""
-    return [next(batches) for _ in range(count)]
 
 
 def decode_all(photos: Sequence[bytes]) -> None:

@@ -34,8 +34,7 @@ class Case(Generic[Ours, Peers]):
         assert_equal: Raises AssertionError where our answer, its first argument, is not the peer's, its second.
         repeats: How many times each way is timed where nothing else is asked for: fewer where it takes long.
         flops: Floating-point operations of a call of ours; None where they are not what limits it.
-        untimed: Calls before each timed one, of a way that goes on by itself while it is not its turn: they use up
-            what it made ready meanwhile.
+        untimed: Calls before each timed one, of a way that has something to start.
         limit: Does only what no way can do without; timed like them.
     """
 
