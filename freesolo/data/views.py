@@ -36,7 +36,8 @@ class View(Protocol):
 
     Attributes:
         task_bytes: Of the samples that one Ray task makes rows of, and at most of the rows that it hands on at a time.
-            A task costs a core about 0.1 s beside its work, and is to take a second or two.
+            A task costs a core some 0.1 s beside its work, half of which is until its end is noticed; it is to take a
+            second or two.
     """
 
     task_bytes: ClassVar[int]
