@@ -23,14 +23,8 @@ from freesolo.inspection import inspect
 from freesolo.models.download import sha256_of_file
 from freesolo.models.layouts import EXPORT
 from freesolo.models.model_file import load_model, save_model
-from freesolo.models.weights import (
-    PUBLISHED,
-    detectron2_settings,
-    export_backbone,
-    import_backbone,
-    pull,
-    recorded_sha256,
-)
+from freesolo.models.published import PUBLISHED, pull, recorded_sha256
+from freesolo.models.weights import detectron2_settings, export_backbone, import_backbone
 from freesolo.progress import progress
 from freesolo.report.pictures import draw_masks, encode_png
 from freesolo.settings import InferenceSettings, PredictSettings, TrackingSettings

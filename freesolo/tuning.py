@@ -40,11 +40,12 @@ from freesolo.jobs import (
     witnessed,
 )
 from freesolo.stages import StageFolder, StageResult, run_stage, what_is_made
+from freesolo.sweep import Sweep, TrialOutcome
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.witness import Witness
 from freesolo.train.initial import keep_weights
 from freesolo.train.segmentation import labels_url, missing_labels, segmenter_inputs
-from freesolo.trials import Sweep, TrialOutcome, run_trials
+from freesolo.trials import run_trials
 
 _LOG = logging.getLogger(__name__)
 

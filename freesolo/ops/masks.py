@@ -38,7 +38,8 @@ class Projections:
     @classmethod
     def of(cls, masks: Bool[Tensor, "N H W"]) -> Projections:
         """Two passes over the masks."""
-        return cls(_count_rows(masks), _count_columns(masks))
+        words = _words(masks)
+        return cls(_count_rows(words), _count_columns(words, masks.shape[2]))
 
     def boxes_xyxy(self) -> Float[Tensor, "N 4"]:
         """Tight boxes as pixel edges `(x1, y1, x2, y2)`; all 0 for an empty mask."""
@@ -77,7 +78,7 @@ def boxes_xywh(masks: Bool[Tensor, "N H W"]) -> Float[Tensor, "N 4"]:
 
 def areas(masks: Bool[Tensor, "N H W"]) -> Int64[Tensor, " N"]:
     """Pixels of each mask."""
-    return _count_rows(masks).sum(dim=1)
+    return _count_rows(_words(masks)).sum(dim=1)
 
 
 def mask_iou(first: Bool[Tensor, "N ..."], second: Bool[Tensor, "M ..."]) -> Float[Tensor, "N M"]:
@@ -123,21 +124,25 @@ def decode_rle(rles: Sequence[Rle], height: int, width: int) -> Bool[Tensor, "N 
     return torch.from_numpy(rle_pixels(rles, height, width)).contiguous()
 
 
-def _count_rows(masks: Bool[Tensor, "N H W"]) -> Int32[Tensor, "N H"]:
-    """Pixels of each row. Eight neighbours are one word, whose bytes are added all at once: see `_count_columns`."""
+def _words(masks: Bool[Tensor, "N H W"]) -> Int64[Tensor, "N H words"]:
+    """Eight neighbours of a row as the bytes of a word, which are added all at once: as many as `_NO_OVERFLOW` words,
+    ten times as fast as booleans into int32. The last word of a row is filled up with zeros."""
     missing = -masks.shape[2] % 8
     if missing or not masks.is_contiguous() or masks.storage_offset() % 8:
         masks = functional.pad(masks, (0, missing)).contiguous()
-    parts = masks.view(torch.int64).split(_NO_OVERFLOW, dim=2)
-    bytes_of_words = torch.stack([part.sum(dim=2) for part in parts], dim=2).view(torch.uint8)
-    return bytes_of_words.sum(dim=2, dtype=torch.int32)
+    return masks.view(torch.int64)
 
 
-def _count_columns(masks: Bool[Tensor, "N H W"]) -> Int32[Tensor, "N W"]:
-    """Pixels of each column. Summed as bytes, few enough that none overflows, because a CPU adds many of them at once:
-    ten times as fast as booleans into int32."""
-    parts = masks.view(torch.uint8).split(_NO_OVERFLOW, dim=1)
-    return torch.stack([part.sum(dim=1, dtype=torch.uint8) for part in parts]).sum(dim=0, dtype=torch.int32)
+def _count_rows(words: Int64[Tensor, "N H words"]) -> Int32[Tensor, "N H"]:
+    """Pixels of each row."""
+    sums = torch.stack([part.sum(dim=2) for part in words.split(_NO_OVERFLOW, dim=2)], dim=2)
+    return sums.view(torch.uint8).sum(dim=2, dtype=torch.int32)
+
+
+def _count_columns(words: Int64[Tensor, "N H words"], width: int) -> Int32[Tensor, "N W"]:
+    """Pixels of each of so many columns."""
+    sums = torch.stack([part.sum(dim=1) for part in words.split(_NO_OVERFLOW, dim=1)], dim=1)
+    return sums.view(torch.uint8)[:, :, :width].sum(dim=1, dtype=torch.int32)
 
 
 def _extent(occupied: Bool[Tensor, "N length"]) -> tuple[Int64[Tensor, " N"], Int64[Tensor, " N"]]:

@@ -14,7 +14,7 @@ import mlflow.artifacts
 from freesolo.data.files import is_local, open_stream
 from freesolo.errors import JobError, UsageError
 from freesolo.models.download import sha256_of_file
-from freesolo.models.weights import PUBLISHED, pull
+from freesolo.models.published import PUBLISHED, pull
 from freesolo.registry.client import find_version, talking_to, version_of_alias
 from freesolo.registry.served_model import MODEL_NAME, SHA256_TAG
 from freesolo.tracking.server import TrackingServer
@@ -44,7 +44,7 @@ def resolve_weights(reference: str, cache_dir: Path, *, server: TrackingServer |
 
     Args:
         reference: A path, an fsspec URL, an `http(s)://` address, the name of published weights
-            (`freesolo.models.weights.PUBLISHED`), `models:/name@alias` or `models:/name/3`.
+            (`freesolo.models.published.PUBLISHED`), `models:/name@alias` or `models:/name/3`.
         cache_dir: Where to put what is not on this machine yet; made if need be.
         server: Whose registry `models:/` means; None: there is none.
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from freesolo.ops.masks import Projections
+from freesolo.ops.masks import Projections, areas
 from freesolo.settings import SoloModelSettings
 from freesolo.types import GridTargets, Instances
 
@@ -176,10 +176,18 @@ def mask_targets(instances: Instances, stride: int) -> Bool[Tensor, "N h w"]:
     pixels, middle = instances.masks.view(torch.uint8), stride // 2
     rows = pixels[:, middle - 1 :: stride] + pixels[:, middle::stride]
     resized = rows[..., middle - 1 :: stride] + rows[..., middle::stride] >= 2
+    vanished = areas(resized) == 0
+    if vanished.device.type == "cpu":
+        # Only those few are looked at again; a device would be waited for to know which they are.
+        resized[vanished] = _touched(pixels[vanished], stride)
+        return resized
+    return torch.where(vanished[:, None, None], _touched(pixels, stride), resized)
+
+
+def _touched(pixels: UInt8[Tensor, "N H W"], stride: int) -> Bool[Tensor, "N h w"]:
+    """The blocks of `stride` x `stride` pixels, 0 or 1 each, in which there is a 1."""
     rows = reduce(torch.bitwise_or, (pixels[:, row::stride] for row in range(stride)))
-    touched = reduce(torch.bitwise_or, (rows[..., column::stride] for column in range(stride))).bool()
-    vanished = ~resized.flatten(1).any(dim=1)
-    return torch.where(vanished[:, None, None], touched, resized)
+    return reduce(torch.bitwise_or, (rows[..., column::stride] for column in range(stride))).bool()
 
 
 def _candidates(

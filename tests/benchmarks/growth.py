@@ -6,6 +6,7 @@ workers shared it and lost nothing. Above 1 is worse than straight.
     instances   losses, targets and gradients of SOLOv2, by the objects in each photo
     images      Free Mask extraction, by the photos in the data set
     actors      the same extraction, by the actors of the pool
+    evaluation  of a label set by a data set's annotations, by the photos and by who does it
     workers     a step of DenseCL under Ray Train, by the train workers; a thread each
     nodes       scheduling alone: extraction by models that sleep as long as a real one takes, on a cluster of nodes
                 that are simulated on this machine (Ray's own way: a raylet each, for two cores that are not there)
@@ -33,6 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from freesolo.cluster import connect
+from freesolo.comparison import compare
 from freesolo.data.labels import LabelledInstance
 from freesolo.data.pack import pack
 from freesolo.data.shards import DatasetManifest
@@ -42,12 +44,13 @@ from freesolo.inference.pool import ModelPool, label_batches
 from freesolo.models.resnet import build_resnet
 from freesolo.settings import ExtractSettings, FreeMaskSettings, ResourceSettings
 from freesolo.types import ImageBatch
-from tests.benchmarks import ray_cost, solo_targets_and_losses
+from tests.benchmarks import evaluation, ray_cost, solo_targets_and_losses
 from tests.benchmarks.input_paths import Sizes, photo_file, store
 
 BATCH_SIZE = 4
 PHOTOS_PER_SHARD = 32
 NODE_CPUS = 2
+EVALUATION = evaluation.Sizes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,27 @@ def data_set(photos: int, size: tuple[int, int]) -> Iterator[tuple[str, DatasetM
         yield url, pack(str(folder), url, samples_per_shard=PHOTOS_PER_SHARD)
 
 
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluations(counts: Sequence[int] = (500, 5000), size: evaluation.Sizes = EVALUATION) -> Iterator[Row]:
+    """Of the fewest photos in this process alone, then all of them in tasks of the cluster, which has every core."""
+    with tempfile.TemporaryDirectory(prefix="freesolo-benchmark-") as name:
+        stored = []
+        for count in counts:
+            folder = Path(name, str(count))
+            folder.mkdir()
+            stored.append(evaluation.store(folder, replace(size, photos=count)))
+        dataset, labels = stored[0]
+        alone = median_seconds(lambda: compare(dataset, {"found": labels}), repeats=3)
+        yield Row(f"{counts[0]} photos, this process", "an evaluation", alone, alone)
+        connect(ResourceSettings())
+        for count, (dataset, labels) in zip(counts, stored, strict=True):
+            seconds = median_seconds(partial(evaluation.our_metrics, dataset, labels), repeats=3)
+            straight = alone * count / counts[0] / (os.cpu_count() or 1)
+            yield Row(f"{count} photos, tasks", "an evaluation", seconds, straight)
+
+
 # --- Nodes ------------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +273,7 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
     "instances": instances,
     "images": images,
     "actors": actors,
+    "evaluation": evaluations,
     "workers": workers,
     "nodes": nodes,
 }

@@ -31,9 +31,10 @@ from freesolo.jobs import train_stage
 from freesolo.models.model_file import save_model
 from freesolo.solo.model import Segmenter
 from freesolo.stages import StageFolder
+from freesolo.sweep import Sweep
 from freesolo.tracking.journal import read_journal
 from freesolo.tracking.record import read_record
-from freesolo.trials import Sweep, run_trials
+from freesolo.trials import run_trials
 from freesolo.tuning import tune_stage
 from tests.marks import IGNORE_WARNINGS_OF_RAY_TRAIN
 from tests.small import small_solo

@@ -15,7 +15,7 @@ from freesolo.errors import JobError, UsageError
 from freesolo.settings import RangeSettings, ResourceSettings, TrainSettings
 from freesolo.space import draw_trials, with_values
 from freesolo.stages import StageFolder, what_is_made
-from freesolo.trials import TrialOutcome
+from freesolo.sweep import TrialOutcome
 from freesolo.tuning import as_table, best_of, tune_stage
 
 RATE = "train.optimizer.learning_rate"

@@ -12,8 +12,9 @@ from freesolo.config import TrainJob
 from freesolo.config_file import parse_config
 from freesolo.settings import RangeSettings, TuneSettings
 from freesolo.stages import StageFolder
+from freesolo.sweep import Sweep
 from freesolo.tracking.journal import Journal
-from freesolo.trials import Sweep, _reason, _scheduler
+from freesolo.trials import _reason, _scheduler
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
