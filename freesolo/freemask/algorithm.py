@@ -86,7 +86,8 @@ def free_masks(
 def _masks_of_image(
     features: Float[Tensor, "E h w"], image_size: tuple[int, int], settings: FreeMaskSettings
 ) -> FreeMasks:
-    soft, flat = _soft_masks(features, settings.query_scales)
+    cells = features.flatten(1).T.contiguous()
+    soft, flat = _soft_masks(features, cells, settings.query_scales)
     coarse = soft > settings.mask_threshold
     area = areas(coarse)
     maskness = (soft * coarse).sum(dim=(1, 2)) / area.clamp(min=1)
@@ -100,21 +101,21 @@ def _masks_of_image(
     best = best[scores[best] >= settings.min_maskness]
     query_index = query_index[best]
     masks = resize_masks_soft(soft[best], *image_size) > settings.mask_threshold
-    embeddings = _embeddings(features, settings.query_scales, settings.embedding_channels)[query_index]
+    embeddings = _embeddings(cells, (features.shape[1], features.shape[2]), settings)[query_index]
     return FreeMasks(masks, scores[best], embeddings, query_index)[_plausible(masks, settings)]
 
 
 def _soft_masks(
-    features: Float[Tensor, "E h w"], scales: Sequence[float]
+    features: Float[Tensor, "E h w"], cells: Float[Tensor, "cells E"], scales: Sequence[float]
 ) -> tuple[Float[Tensor, "Q h w"], Bool[Tensor, " Q"]]:
     """Cosine similarity of each query to each cell, stretched to [0, 1]; and which queries are alike to all cells."""
     height, width = features.shape[1:]
-    products = _products(features, scales)
+    products = _products(features, cells, scales)
     # A query is a mean of cells, so its product with itself is the same mean of its products with them.
     own = [_at_scale(level, scale).flatten(1).diagonal() for level, scale in zip(products, scales, strict=True)]
     query_lengths = torch.cat(own).clamp(min=_SHORTEST**2).sqrt()[:, None]
     soft = torch.cat(products).flatten(1)
-    soft /= features.flatten(1).norm(dim=0).clamp(min=_SHORTEST)
+    soft /= cells.norm(dim=1).clamp(min=_SHORTEST)
     lowest, highest = soft.aminmax(dim=1, keepdim=True)
     # A query's length stretches its row, and so changes nothing but what is flat.
     spread, least_spread = highest - lowest, _FLAT_SIMILARITY * query_lengths
@@ -123,10 +124,11 @@ def _soft_masks(
     return soft.view(-1, height, width), (spread < least_spread)[:, 0]
 
 
-def _products(features: Float[Tensor, "E h w"], scales: Sequence[float]) -> list[Float[Tensor, "_ h w"]]:
+def _products(
+    features: Float[Tensor, "E h w"], cells: Float[Tensor, "cells E"], scales: Sequence[float]
+) -> list[Float[Tensor, "_ h w"]]:
     """The dot products of the queries of each scale with all cells."""
     height, width = features.shape[1:]
-    cells = features.flatten(1).T.contiguous()
     if 1.0 not in scales:
         return [(_at_scale(features, scale).flatten(1).T @ cells.T).view(-1, height, width) for scale in scales]
     # What is resized is the same if it is multiplied first.
@@ -158,9 +160,12 @@ def _plausible(masks: Bool[Tensor, "N H W"], settings: FreeMaskSettings) -> Bool
     return plausible
 
 
-def _embeddings(features: Float[Tensor, "E h w"], scales: Sequence[float], channels: int) -> Float[Tensor, "Q D"]:
+def _embeddings(
+    cells: Float[Tensor, "cells E"], map_size: tuple[int, int], settings: FreeMaskSettings
+) -> Float[Tensor, "Q D"]:
     """The queries, resized to D channels: first, because that makes less of what the scales resize."""
-    cells = functional.interpolate(features.flatten(1).T[:, None], size=channels, mode="linear", align_corners=False)
-    resized = cells[:, 0].T.unflatten(1, features.shape[1:])
-    queries = torch.cat([_at_scale(resized, scale).flatten(1).T for scale in scales])
+    size = settings.embedding_channels
+    resized = functional.interpolate(cells[:, None], size=size, mode="linear", align_corners=False)[:, 0]
+    features = resized.T.unflatten(1, map_size)
+    queries = torch.cat([_at_scale(features, scale).flatten(1).T for scale in settings.query_scales])
     return functional.normalize(queries, dim=1)
