@@ -35,11 +35,13 @@ from tests.benchmarks.measure import Benchmark, Comparison, Measurement, as_json
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/pretrain/densecl_r50_coco.yaml"
 CORES = os.cpu_count() or 1
+THREADS = max(1, CORES - 1)
+"""Of the training: a core is left to read and decode with, as a cluster's has to be (`freesolo.cluster.DATA_CPUS`)."""
 LOG_EVERY = 5
 WARM_UP_STEPS = 20
 STEPS = 60
 SETTINGS = (
-    f"resources={{workers: 1, cpus_per_worker: {CORES}}}",
+    f"resources={{workers: 1, cpus_per_worker: {THREADS}}}",
     "tracking={}",
     "pretrain.model={backbone: resnet18, hidden_channels: 256, projection_channels: 64, queue_length: 4096}",
     "pretrain.views.size=128",
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for what, of in (("a step", step_seconds), (f"until step {LOG_EVERY}", lambda times: times[0]))
     )
     benchmark = Benchmark(
-        "ray_cost", f"DenseCL, R18, 16 photos of 128 px, {CORES} cores; a job against tensors in memory", tuple
+        "ray_cost", f"DenseCL, R18, 16 photos of 128 px, {THREADS} of {CORES} cores; a job against tensors in memory", tuple
     )
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table(benchmark, [steady, first], peak=1.0))
