@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for what, of in (("a step", step_seconds), (f"until step {LOG_EVERY}", lambda times: times[0]))
     )
     benchmark = Benchmark(
-        "ray_cost", f"DenseCL, R18, 16 photos of 128 px, {THREADS} of {CORES} cores; a job against tensors in memory", tuple
+        "ray_cost",
+        f"DenseCL, R18, 16 photos of 128 px, {THREADS} of {CORES} cores; a job against tensors in memory",
+        tuple,
     )
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table(benchmark, [steady, first], peak=1.0))

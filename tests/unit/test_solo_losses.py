@@ -338,15 +338,28 @@ def test_slots_that_hold_nothing_contribute_nothing(counted):
 
 
 def test_chunks_do_not_change_the_losses(monkeypatch):
-    results = []
-    for at_once in (1, 3, 1000):
+    results, chunks = [], subject._chunks
+    for at_once, join in ((1, False), (3, False), (1000, False), (3, True), (1000, True)):
         monkeypatch.setattr(subject, "SLOTS_AT_ONCE", at_once)
+        monkeypatch.setattr(subject, "_chunks", lambda counts, *, join, joined=join: chunks(counts, join=joined))
         made = predictions()
         losses = coarse_losses(made, THREE)
         sum(losses.values()).backward()
         results.append([*losses.values(), *(column.grad for column in columns(made))])
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_images_with_few_positives_share_a_chunk_where_they_are_joined(monkeypatch):
+    monkeypatch.setattr(subject, "SLOTS_AT_ONCE", 5)
+    counts = [2, 0, 3, 7, 1]
+    first, second, long, rest, last = (
+        *((0, slice(0, 2)), (2, slice(2, 5))),
+        *((3, slice(5, 10)), (3, slice(10, 12)), (4, slice(12, 13))),
+    )
+    assert subject._chunks(counts, join=False) == [[first], [second], [long], [rest], [last]]
+    assert subject._chunks(counts, join=True) == [[first, second], [long], [rest, last]]
+    assert subject._chunks([0, 0], join=True) == []
 
 
 def test_gradients_are_those_of_the_masks_kept():

@@ -48,8 +48,10 @@ def over_chunks(
     its functions have their gradients written out.
     """
     positives, images = inputs.positives, inputs.predictions.each_image()
+    # On a GPU it is the number of calls that costs; a CPU would copy the masks of several images together.
+    join = positives.image.device.type != "cpu"
     parts = [inputs.predictions.category_logits.new_zeros(terms, 0, dtype=torch.float32)]
-    for pieces in _chunks(positives.per_image):
+    for pieces in _chunks(positives.per_image, join=join):
         chunk = slice(pieces[0][1].start, pieces[-1][1].stop)
         masks = [inputs.head.mask_logits(images[image], positives.cell[piece]) for image, piece in pieces]
         logits = masks[0] if len(masks) == 1 else torch.cat(masks)
@@ -57,14 +59,14 @@ def over_chunks(
     return torch.cat(parts, dim=1)
 
 
-def _chunks(per_image: Sequence[int]) -> list[list[tuple[int, slice]]]:
-    """Each chunk's images and which positives are theirs: several images with few, or one, or a part of one."""
+def _chunks(per_image: Sequence[int], *, join: bool) -> list[list[tuple[int, slice]]]:
+    """Each chunk's images and which positives are theirs: one image, or a part of one, or joined, several with few."""
     chunks: list[list[tuple[int, slice]]] = []
     first, room = 0, 0
     for image, count in enumerate(per_image):
         for start in range(first, first + count, SLOTS_AT_ONCE):
             piece = slice(start, min(start + SLOTS_AT_ONCE, first + count))
-            if piece.stop - piece.start > room:
+            if not join or piece.stop - piece.start > room:
                 chunks.append([])
                 room = SLOTS_AT_ONCE
             chunks[-1].append((image, piece))
