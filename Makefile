@@ -71,12 +71,12 @@ $(DEMO)/data/held-out/manifest.json: $(DEMO)/photos/held-out/annotations.json
 # Two files at a time, each in a process that starts a cluster and servers for it; by name, so that end-to-end is first.
 QUICK := -m "not slow and not trainings and not gpu and not chaos" -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY) chromium  ## The tests (about 15 minutes on 2 cores)
-	@echo "test: about 15 minutes on 2 cores"
+test: $(READY) chromium  ## The tests (about 12 minutes on 2 cores)
+	@echo "test: about 12 minutes on 2 cores"
 	$(BIN)/python -m pytest $(QUICK) --durations=25
 
-test-trainings: $(READY)  ## Several trainings each: losses of workers, sweeps, fine-tuning (about 30 minutes on 2 cores)
-	@echo "test-trainings: about 30 minutes on 2 cores"
+test-trainings: $(READY)  ## Several trainings each: losses of workers, sweeps, fine-tuning (about 13 minutes on 2 cores)
+	@echo "test-trainings: about 13 minutes on 2 cores"
 	$(BIN)/python -m pytest -m "trainings and not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos, signals (about 45 minutes)
@@ -95,7 +95,7 @@ FUZZ_SEED ?= 0
 fuzz: $(READY)  ## Damaged inputs for every parser, until one fails (about 3 minutes on 2 cores)
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
-bench: $(READY)  ## Times beside named peers', asserting none (about 8 minutes on 2 cores)
+bench: $(READY)  ## Times beside named peers', asserting none (about 7 minutes on 2 cores)
 	$(BIN)/python -m tests.benchmarks --json build/benchmarks.json
 
 test-gpu: $(READY)  ## What only a CUDA device can show (about a minute on one)

@@ -51,7 +51,7 @@ def copy_paste(batch: SegmentationBatch, generator: torch.Generator) -> Segmenta
         pixels[target] = torch.where(area, resized, pixels[target])
         parts += [replace(own, masks=own.masks & ~area), pasted]
     merged = _concatenate(instances, parts)
-    return SegmentationBatch(replace(batch.images, pixels=pixels), merged[merged.masks.flatten(1).any(dim=1)])
+    return SegmentationBatch(replace(batch.images, pixels=pixels), merged[areas(merged.masks) > 0])
 
 
 def _rows(chosen: Bool[Tensor, " N"], instances: Instances) -> Int64[Tensor, " K"]:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from freesolo.ops.masks import resize_masks_soft
+from freesolo.ops.masks import areas, resize_masks_soft
 from freesolo.ops.nms import matrix_nms, point_nms
 from freesolo.settings import InferenceSettings, SoloModelSettings
 from freesolo.solo.heads.base import MASK_STRIDE, Head, Predictions
@@ -116,7 +116,7 @@ def _instances_of_image(
         scores=decayed[kept],
         embeddings=embeddings,
     )
-    return instances[masks.flatten(1).any(dim=1)]  # an empty mask has no box
+    return instances[areas(masks) > 0]  # an empty mask has no box
 
 
 def _score_masks(
@@ -131,7 +131,7 @@ def _score_masks(
     for cells in candidates.cell.split_with_sizes(_chunks(candidates.cell.shape[0])):
         soft = _soft_masks(head, predictions, cells)
         binary = soft > settings.mask_threshold
-        area.append(binary.flatten(1).sum(dim=1).float())
+        area.append(areas(binary).float())
         maskness.append((soft * binary).flatten(1).sum(dim=1) / area[-1].clamp(min=1.0))
     scored = _Candidates(candidates.cell, candidates.category_ids, candidates.scores * torch.cat(maskness))
     return scored[torch.cat(area) >= _stride_of_cells(candidates.cell, model)]

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from freesolo.ops.masks import areas
 from freesolo.solo.losses import sigmoid_focal_loss
 from freesolo.solo.supervisions.base import LossInputs, Positives
 
@@ -103,7 +104,7 @@ def category_loss(
     )
     if empty_images == "unknown":
         images = torch.arange(len(predictions), device=cells.device)
-        occupied = instances.masks.flatten(1).any(dim=1)
+        occupied = areas(instances.masks) > 0
         has_instances = ((instances.image_index == images[:, None]) & occupied).any(dim=1)
         cells = torch.where(has_instances[:, None], cells, 0.0)
     return settings.category * cells.sum() / (counts.sum() + 1.0) + predictions.zero()
