@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from freesolo.data.coco import ground_truth
-from freesolo.data.labels import ImageLabels, LabelFile, LabelSet, read_label_file, read_labels_of
+from freesolo.data.label_records import ImageLabels
+from freesolo.data.labels import LabelFile, LabelSet, read_label_file, read_labels_of
 from freesolo.data.shards import DatasetManifest, ShardInfo, read_dataset_manifest
 from freesolo.errors import UsageError
 from freesolo.evaluation import Detections, Matches, Metrics, match, summarize

@@ -13,14 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float16, UInt8
 
-from freesolo.data.labels import (
-    ImageLabels,
-    LabelFileError,
-    LabelledInstance,
-    LabelSet,
-    read_label_file,
-    read_labels_of,
-)
+from freesolo.data.label_records import ImageLabels, LabelledInstance
+from freesolo.data.labels import LabelFileError, LabelSet, read_label_file, read_labels_of
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import DatasetManifest, Sample, ShardError, read_dataset_manifest, read_shard
 from freesolo.grouping import group_embeddings, nearest_objects

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from freesolo.data.coco import sample_labels
-from freesolo.data.labels import ImageLabels, read_label_file, read_labels_of
+from freesolo.data.label_records import ImageLabels
+from freesolo.data.labels import read_label_file, read_labels_of
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.shards import read_dataset_manifest, read_shard
 from freesolo.ops.masks import decode_rle

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 
@@ -99,6 +99,30 @@ class ImageBatch:
         inside_rows = rows[None, :, None] < self.sizes[:, 0, None, None]
         inside_columns = columns[None, None, :] < self.sizes[:, 1, None, None]
         return inside_rows & inside_columns
+
+
+@dataclass(frozen=True, slots=True)
+class CropPair:
+    """Two crops of each image, before colour augmentation.
+
+    Attributes:
+        query: RGB, `(B, 3, S, S)`.
+        key: RGB, `(B, 3, S, S)`.
+        image_ids: The data set's ids, one an image.
+    """
+
+    query: UInt8[Tensor, "B 3 S S"]
+    key: UInt8[Tensor, "B 3 S S"]
+    image_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def to(self, device: torch.device | str) -> CropPair:
+        """The same record on another device."""
+        return CropPair(
+            self.query.to(device, non_blocking=True), self.key.to(device, non_blocking=True), self.image_ids
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from pycocotools import mask as coco_mask
 
 from freesolo.data import files
 from freesolo.data.documents import short
-from freesolo.data.labels import ImageLabels, LabelledInstance, read_label_file, read_label_manifest
+from freesolo.data.label_records import ImageLabels, LabelledInstance
+from freesolo.data.labels import read_label_file, read_label_manifest
 from freesolo.data.shards import DatasetManifest, Sample, ShardInfo, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
 from freesolo.ops.mask_storage import Rle, rle_from_coco

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -13,31 +12,7 @@ from torch import Tensor
 
 from freesolo.data.views import ContrastiveView, Row, SegmentationView
 from freesolo.ops.mask_storage import unpack_masks
-from freesolo.types import ImageBatch, Instances, SegmentationBatch
-
-
-@dataclass(frozen=True, slots=True)
-class CropPair:
-    """Two crops of each image, before colour augmentation.
-
-    Attributes:
-        query: RGB, `(B, 3, S, S)`.
-        key: RGB, `(B, 3, S, S)`.
-        image_ids: The data set's ids, one an image.
-    """
-
-    query: UInt8[Tensor, "B 3 S S"]
-    key: UInt8[Tensor, "B 3 S S"]
-    image_ids: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def to(self, device: torch.device | str) -> CropPair:
-        """The same record on another device."""
-        return CropPair(
-            self.query.to(device, non_blocking=True), self.key.to(device, non_blocking=True), self.image_ids
-        )
+from freesolo.types import CropPair, ImageBatch, Instances, SegmentationBatch
 
 
 def collate_crops(view: ContrastiveView, rows: Sequence[Row]) -> CropPair:

@@ -1,4 +1,4 @@
-"""Labels of images as records, and as the parquet file that holds those of one shard.
+"""The labels of a shard's images as a parquet file.
 
 A row of the parquet is an image; `instances` is a list, empty for an image in which nothing was found:
 
@@ -13,7 +13,6 @@ makes it a damaged file, so that what is read is what the rest of the system may
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,10 @@ import pyarrow.parquet as pq
 from jaxtyping import Float16, Float64, Integer
 
 from freesolo.data.documents import short
+from freesolo.data.label_records import ImageLabels, LabelledInstance, counts_as_text
 from freesolo.data.parquet_footer import declared_size
 from freesolo.errors import JobError
-from freesolo.ops.mask_storage import Rle, check_rle_counts
+from freesolo.ops.mask_storage import check_rle_counts
 from freesolo.settings import MAX_INSTANCES
 
 # What a label file may become in memory. A few kilobytes of parquet can say "the same value, a billion times".
@@ -58,61 +58,6 @@ _SCHEMA = pa.schema(
 
 class LabelFileError(JobError):
     """A label file that is missing, damaged or not its manifest's."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LabelledInstance:
-    """One object of an image.
-
-    Attributes:
-        mask_id: Unique in the label set; `write_label_file` numbers them, so 0 until then.
-        rle: COCO's compressed RLE: at the image's size; its counts are text when read, text or bytes when written.
-        bbox_xywh: COCO's box, tight around the mask, in pixels.
-        score: Confidence in [0, 1].
-        category_id: 0 for class-agnostic objects; COCO's own id in ground truth.
-        embedding: Semantic embedding, `(E,)`; E is 0 where the source has none.
-    """
-
-    mask_id: int
-    rle: Rle
-    bbox_xywh: tuple[float, float, float, float]
-    score: float
-    category_id: int
-    embedding: Float16[np.ndarray, " E"]
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, LabelledInstance):
-            return NotImplemented
-        return self._values() == other._values()
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def _values(self) -> tuple[object, ...]:
-        size, counts = tuple(self.rle["size"]), _text(self.rle["counts"])
-        return self.mask_id, size, counts, self.bbox_xywh, self.score, self.category_id, self.embedding.tobytes()
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLabels:
-    """The instances of one image of the data set, none included.
-
-    Attributes:
-        key: The sample's.
-        image_id: The sample's.
-        file_name: The sample's.
-        width: Pixels.
-        height: Pixels.
-        error: Why the image could not be read; None if it could.
-        instances: Best first, as their maker ordered them; empty for an unreadable image.
-    """
-
-    key: str
-    image_id: int
-    file_name: str
-    width: int
-    height: int
-    error: str | None
-    instances: tuple[LabelledInstance, ...]
 
 
 def encode_labels(records: Sequence[ImageLabels]) -> bytes:
@@ -183,7 +128,7 @@ def _table(records: Sequence[ImageLabels]) -> pa.Table:
     embeddings = [instance.embedding for instance in instances]
     columns = [
         pa.array([instance.mask_id for instance in instances], pa.int64()),
-        pa.array([_text(instance.rle["counts"]) for instance in instances], pa.string()),
+        pa.array([counts_as_text(instance.rle) for instance in instances], pa.string()),
         pa.array([list(instance.bbox_xywh) for instance in instances], pa.list_(pa.float64())),
         pa.array([instance.score for instance in instances], pa.float64()),
         pa.array([instance.category_id for instance in instances], pa.int64()),
@@ -199,10 +144,6 @@ def _table(records: Sequence[ImageLabels]) -> pa.Table:
     fields = ("key", "image_id", "file_name", "width", "height", "error")
     outer = [pa.array([getattr(record, name) for record in records], _SCHEMA.field(name).type) for name in fields]
     return pa.Table.from_arrays([*outer, rows], schema=_SCHEMA)
-
-
-def _text(counts: str | bytes) -> str:
-    return counts if isinstance(counts, str) else counts.decode("ascii")
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:

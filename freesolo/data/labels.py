@@ -31,7 +31,8 @@ from freesolo.data.documents import (
     parse_versioned,
     read_document,
 )
-from freesolo.data.label_table import ImageLabels, LabelFileError, LabelledInstance, decode_labels, encode_labels
+from freesolo.data.label_records import ImageLabels, LabelledInstance
+from freesolo.data.label_table import LabelFileError, decode_labels, encode_labels
 from freesolo.data.shards import DatasetManifest, ShardInfo, shard_index
 from freesolo.errors import JobError, UsageError
 

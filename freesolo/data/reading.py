@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from freesolo.data.labels import ImageLabels, LabelFile, LabelFileError, read_label_file
+from freesolo.data.label_records import ImageLabels
+from freesolo.data.labels import LabelFile, LabelFileError, read_label_file
 from freesolo.data.order import Piece
 from freesolo.data.shards import Sample, ShardError, ShardInfo, read_shard
 from freesolo.settings import BoundsSettings

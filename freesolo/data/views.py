@@ -19,7 +19,7 @@ from PIL import Image
 
 from freesolo.data.coco import sample_labels, without_masks
 from freesolo.data.crops import cut, random_box, scaled_box
-from freesolo.data.labels import ImageLabels, LabelledInstance
+from freesolo.data.label_records import ImageLabels, LabelledInstance
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.resizing import resize_photo
 from freesolo.data.shards import Sample

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from freesolo.data.labels import ImageLabels
+from freesolo.data.label_records import ImageLabels
 from freesolo.data.photos import PhotoError, decode_photo
 from freesolo.data.resizing import resize_photo
 from freesolo.data.shards import Sample, ShardError, ShardInfo, read_shard, shard_index

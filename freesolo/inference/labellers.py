@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from freesolo.data.labels import LabelledInstance
+from freesolo.data.label_records import LabelledInstance
 from freesolo.freemask.algorithm import free_masks
 from freesolo.inference.segment import SegmentPhotos, build_segmenter
 from freesolo.models.model_file import ModelFile

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from freesolo.data import files
+from freesolo.data.label_records import ImageLabels
 from freesolo.data.labels import (
     MANIFEST_NAME,
-    ImageLabels,
     LabelFile,
     LabelManifest,
     LabelPlan,

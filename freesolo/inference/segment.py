@@ -11,7 +11,6 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from freesolo.data.resizing import resize_photo
 from freesolo.models.model_file import ModelFile, load_model
 from freesolo.ops.images import normalize, pad_to_batch
 from freesolo.ops.sizes import resized_size
@@ -103,6 +102,9 @@ class SegmentPhotos:
         return [_without_wide(one, self._settings.max_width) for one in instances]
 
     def _resize(self, photo: Photo) -> UInt8[Tensor, "3 h w"]:
+        # Here, because what is at its size already is segmented where no photo can be resized.
+        from freesolo.data.resizing import resize_photo
+
         settings = self._settings
         height, width = resized_size(photo.shape[0], photo.shape[1], settings.short_side, settings.long_side_max)
         return torch.from_numpy(resize_photo(photo, height, width).copy()).permute(2, 0, 1)

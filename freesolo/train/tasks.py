@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from freesolo.data.augment import contrastive_view, strong_view
-from freesolo.data.collate import CropPair
 from freesolo.data.copy_paste import copy_paste
 from freesolo.densecl.model import DenseCL
 from freesolo.settings import SegmentationViewSettings, ViewSettings
 from freesolo.solo.task import SoloTask
-from freesolo.types import SegmentationBatch, ViewPair
+from freesolo.types import CropPair, SegmentationBatch, ViewPair
 
 
 @dataclass(frozen=True, slots=True)

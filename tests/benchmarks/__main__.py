@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,30 +21,21 @@ import torch
 from rich.console import Console
 
 from freesolo.provenance import code_version
-from tests.benchmarks import (
-    checkpoint,
-    densecl_step,
-    evaluation,
-    free_mask,
-    inference,
-    input_paths,
-    matrix_nms,
-    solo_targets_and_losses,
-    solo_train_step,
-)
 from tests.benchmarks.measure import as_json, clock_of, compare, matrix_product_rate, table
 
-BENCHMARKS = (
-    solo_targets_and_losses.BENCHMARK,
-    solo_train_step.BENCHMARK,
-    densecl_step.BENCHMARK,
-    free_mask.BENCHMARK,
-    matrix_nms.BENCHMARK,
-    inference.BENCHMARK,
-    input_paths.BENCHMARK,
-    evaluation.BENCHMARK,
-    checkpoint.BENCHMARK,
+NAMES = (
+    "solo_targets_and_losses",
+    "solo_train_step",
+    "mmdet_train_step",
+    "densecl_step",
+    "free_mask",
+    "matrix_nms",
+    "inference",
+    "input_paths",
+    "evaluation",
+    "checkpoint",
 )
+"""Each a module, imported when its turn comes: where there is a GPU, there may be no Ray, and no reader of buckets."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,32 +50,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = _machine(device) | {"matrix products": f"{peak / 1e12:.2f} TFLOP/s"}
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()), highlight=False)
     results = []
-    for benchmark in BENCHMARKS:
-        if arguments.names and benchmark.name not in arguments.names:
-            continue
-        if missing := [package for package in benchmark.needs if find_spec(package) is None]:
-            console.print(f"{benchmark.name}: left out, because {', '.join(missing)} is not installed", highlight=False)
+    for name in arguments.names or NAMES:
+        try:
+            benchmark = import_module(f"tests.benchmarks.{name}").BENCHMARK
+            missing = [package for package in benchmark.needs if find_spec(package) is None]
+        except ModuleNotFoundError as error:
+            missing = [str(error.name)]
+        if missing:
+            console.print(f"{name}: left out, because {', '.join(missing)} is not installed", highlight=False)
             continue
         clock = clock_of(device)
         comparisons = [compare(case, repeats=arguments.repeats, clock=clock) for case in benchmark.cases(device)]
         console.print(table(benchmark, comparisons, peak=peak))
         results.append(as_json(benchmark, comparisons))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps({"machine": machine, "benchmarks": results}, indent=2) + "\n")
+        # Each time: a later one may fail, or the machine be taken away.
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"machine": machine, "benchmarks": results}, indent=2) + "\n")
     console.print(f"every repeat is in {arguments.json}", highlight=False)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Measure freesolo against peers.")
-    names = [benchmark.name for benchmark in BENCHMARKS]
-    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--repeats", type=int, help="how often each side is timed; default: each case's own")
     parser.add_argument("--json", type=Path, default=Path("build/benchmarks.json"), help="default: %(default)s")
     arguments = parser.parse_args(argv)
-    unknown = sorted(set(arguments.names) - set(names))
+    unknown = sorted(set(arguments.names) - set(NAMES))
     if unknown:
-        parser.error(f"there is no benchmark {', '.join(unknown)}: there are {', '.join(names)}")
+        parser.error(f"there is no benchmark {', '.join(unknown)}: there are {', '.join(NAMES)}")
     if arguments.repeats is not None and arguments.repeats < 1:
         parser.error(f"--repeats {arguments.repeats}: at least 1")
     return arguments

@@ -26,14 +26,8 @@ from pycocotools.cocoeval import COCOeval
 
 from freesolo.comparison import compare
 from freesolo.data.coco import export_coco, ground_truth
-from freesolo.data.labels import (
-    ImageLabels,
-    LabelledInstance,
-    LabelPlan,
-    begin_label_set,
-    finish_label_set,
-    write_label_file,
-)
+from freesolo.data.label_records import ImageLabels, LabelledInstance
+from freesolo.data.labels import LabelPlan, begin_label_set, finish_label_set, write_label_file
 from freesolo.data.pack import pack
 from freesolo.data.shards import read_shard
 from freesolo.evaluation import Metrics

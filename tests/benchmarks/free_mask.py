@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.nn import functional
 
-from freesolo.data.labels import LabelledInstance
+from freesolo.data.label_records import LabelledInstance
 from freesolo.freemask.algorithm import free_masks
 from freesolo.inference.labellers import labelled_instances
 from freesolo.ops.mask_storage import Rle

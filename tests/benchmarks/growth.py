@@ -35,7 +35,7 @@ from torch import Tensor
 
 from freesolo.cluster import connect
 from freesolo.comparison import compare
-from freesolo.data.labels import LabelledInstance
+from freesolo.data.label_records import LabelledInstance
 from freesolo.data.pack import pack
 from freesolo.data.shards import DatasetManifest
 from freesolo.inference.batches import BatchPlan

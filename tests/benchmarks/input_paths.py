@@ -26,15 +26,8 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from freesolo.data.labels import (
-    ImageLabels,
-    LabelledInstance,
-    LabelPlan,
-    begin_label_set,
-    finish_label_set,
-    read_labels_of,
-    write_label_file,
-)
+from freesolo.data.label_records import ImageLabels, LabelledInstance
+from freesolo.data.labels import LabelPlan, begin_label_set, finish_label_set, read_labels_of, write_label_file
 from freesolo.data.order import Order, StreamState
 from freesolo.data.pack import pack
 from freesolo.data.shards import DatasetManifest, Sample, read_shard

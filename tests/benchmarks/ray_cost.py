@@ -25,10 +25,10 @@ from rich.console import Console
 
 from freesolo.config import PretrainJob
 from freesolo.config_file import load_config
-from freesolo.data.collate import CropPair
 from freesolo.densecl.model import DenseCL
 from freesolo.train.learner import Learner
 from freesolo.train.tasks import DenseCLTraining
+from freesolo.types import CropPair
 from tests.benchmarks.input_paths import Sizes, store
 from tests.benchmarks.measure import Benchmark, Comparison, Measurement, as_json, table
 

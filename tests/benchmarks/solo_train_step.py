@@ -36,16 +36,7 @@ STEP = 1000
 def cases(device: torch.device, images: int = 4, model: SoloModelSettings | None = None) -> tuple[Case[Any, Any], ...]:
     """A step on masks, and one on free masks."""
     model = model or SoloModelSettings()
-    batch = segmentation_batch(
-        images,
-        20,
-        (640, 853),
-        torch.Generator().manual_seed(0),
-        padded_width=864,
-        smallest=16,
-        largest=320,
-        embedding_channels=model.embedding_channels,
-    ).to(device)
+    batch = photos_with_objects(images, model).to(device)
     peer = mask_rcnn_step(batch, device)
     steps = {supervision: solo_step(batch, device, supervision, model) for supervision in ("masks", "free_masks")}
     return tuple(
@@ -59,6 +50,20 @@ def cases(device: torch.device, images: int = 4, model: SoloModelSettings | None
             flops=flops_of(step),
         )
         for supervision, step in steps.items()
+    )
+
+
+def photos_with_objects(images: int, model: SoloModelSettings) -> SegmentationBatch:
+    """Photos of 640 x 853 px with 20 objects in each."""
+    return segmentation_batch(
+        images,
+        20,
+        (640, 853),
+        torch.Generator().manual_seed(0),
+        padded_width=864,
+        smallest=16,
+        largest=320,
+        embedding_channels=model.embedding_channels,
     )
 
 

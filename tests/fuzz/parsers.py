@@ -29,14 +29,8 @@ from freesolo.config import EvaluateJob, ExtractJob, Job, PackJob, PipelineJob, 
 from freesolo.config_file import load_config as load_job
 from freesolo.data.coco import annotation_rle, sample_labels
 from freesolo.data.documents import canonical_digest, parse_json
-from freesolo.data.label_table import (
-    ImageLabels,
-    LabelFileError,
-    LabelledInstance,
-    _table,
-    decode_labels,
-    encode_labels,
-)
+from freesolo.data.label_records import ImageLabels, LabelledInstance
+from freesolo.data.label_table import LabelFileError, _table, decode_labels, encode_labels
 from freesolo.data.labels import LabelFile, LabelManifest, LabelPlan, begin_label_set, check_label_set
 from freesolo.data.order import Span, StreamState
 from freesolo.data.photos import PhotoError, decode_photo, photo_size

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from freesolo.data.augment import contrastive_view
-from freesolo.data.collate import CropPair
 from freesolo.data.order import StreamState
 from freesolo.densecl.model import DenseCL
 from freesolo.settings import (
@@ -28,7 +27,7 @@ from freesolo.solo.task import SoloTask
 from freesolo.train.learner import Learner, Task
 from freesolo.train.loop import Progress, train
 from freesolo.train.tasks import DenseCLTraining, SoloTraining
-from freesolo.types import ViewPair
+from freesolo.types import CropPair, ViewPair
 from tests.benchmarks.synthetic import photo, segmentation_batch
 from tests.small import small_solo
 

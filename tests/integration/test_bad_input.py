@@ -25,7 +25,8 @@ from freesolo import cli
 from freesolo.config import TrainJob
 from freesolo.config_file import load_config
 from freesolo.data import retry
-from freesolo.data.labels import ImageLabels, LabelPlan, begin_label_set, finish_label_set, write_label_file
+from freesolo.data.label_records import ImageLabels
+from freesolo.data.labels import LabelPlan, begin_label_set, finish_label_set, write_label_file
 from freesolo.data.pack import pack
 from freesolo.data.scenes import compose_scenes
 from freesolo.data.shards import read_dataset_manifest, read_shard

@@ -21,9 +21,8 @@ from pycocotools import mask as coco_mask
 from freesolo.comparison import compare
 from freesolo.data.collate import collate_crops, collate_photos
 from freesolo.data.ingest import StreamBatch, TrainingStream, configure_ray_data, over_shards
+from freesolo.data.label_records import ImageLabels, LabelledInstance
 from freesolo.data.labels import (
-    ImageLabels,
-    LabelledInstance,
     LabelPlan,
     begin_label_set,
     finish_label_set,

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from freesolo.config import PredictJob
-from freesolo.data.labels import ImageLabels, read_label_file, read_label_manifest
+from freesolo.data.label_records import ImageLabels
+from freesolo.data.labels import read_label_file, read_label_manifest
 from freesolo.data.shards import (
     DatasetManifest,
     Sample,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, distributed, nn
 
 from freesolo.config import PackJob
-from freesolo.data.collate import CropPair
 from freesolo.data.order import Order, StreamState, worker_spans
 from freesolo.data.probe_photos import PicturedPhoto, ProbePhotos
 from freesolo.densecl.model import DenseCL
@@ -28,7 +27,7 @@ from freesolo.train.loop import Progress, train
 from freesolo.train.plan import Look
 from freesolo.train.probe import Probe
 from freesolo.train.tasks import DenseCLTraining
-from freesolo.types import ImageBatch, Instances, SegmentationBatch
+from freesolo.types import CropPair, ImageBatch, Instances, SegmentationBatch
 from tests.small import small_solo
 from tests.workers import on_workers
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,7 +27,7 @@ from tests.benchmarks import (
     scaling,
     solo_targets_and_losses,
 )
-from tests.benchmarks.__main__ import main
+from tests.benchmarks.__main__ import NAMES, main
 from tests.benchmarks.measure import Benchmark, Case, Comparison, Measurement, as_json, compare, table
 from tests.benchmarks.synthetic import ellipses
 from tests.small import small_solo
@@ -155,6 +159,39 @@ def test_wrong_use_is_refused(arguments: list[str], capsys: pytest.CaptureFixtur
     assert arguments[-1] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_found_by_its_name(name: str):
+    assert import_module(f"tests.benchmarks.{name}").BENCHMARK.name == name
+
+
+WITH_LITTLE_ELSE = """
+import sys
+
+class NothingOfACluster:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[2].split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NothingOfACluster())
+import tests.benchmarks.__main__ as benchmarks
+for name in sys.argv[3].split():
+    __import__(f"tests.benchmarks.{name}")
+benchmarks.main(["input_paths", "matrix_nms", "--repeats", "1", "--json", sys.argv[1]])
+"""
+
+
+def test_those_for_a_gpu_need_nothing_of_a_cluster(tmp_path: Path):
+    path = tmp_path / "benchmarks.json"
+    stores = "fsspec s3fs boto3 botocore aiobotocore pyarrow webdataset simplejpeg cykooz_resizer"
+    missing = f"ray mlflow pandas yaml psutil {stores}"
+    of_a_gpu = " ".join(name for name in NAMES if name not in ("input_paths", "evaluation", "checkpoint"))
+    command = [sys.executable, "-c", WITH_LITTLE_ELSE, str(path), missing, of_a_gpu]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert "input_paths: left out, because" in done.stdout
+    (written,) = json.loads(path.read_text())["benchmarks"]
+    assert written["name"] == "matrix_nms"
+
+
 def test_drawn_objects_are_of_the_sizes_asked_for():
     masks = ellipses(30, 60, 80, torch.Generator().manual_seed(0), smallest=8, largest=50)
     _, _, widths, heights = boxes_xywh(masks).unbind(dim=1)
@@ -191,6 +228,19 @@ def test_evaluation_gives_pycocotools_numbers():
     for case in evaluation.cases(CPU, evaluation.TINY):
         case.check()
         assert 0 < case.ours().segm.ap50 < 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_evaluations_straight_line_is_that_of_one_process_shared_by_the_cores():
+    alone, shared, larger = growth.evaluations((4, 8), replace(evaluation.TINY, shards=2))
+    assert [row.amount for row in (alone, shared, larger)] == [
+        "4 photos, this process",
+        "4 photos, tasks",
+        "8 photos, tasks",
+    ]
+    cores = os.cpu_count() or 1
+    assert (alone.straight, shared.straight) == (alone.seconds, alone.seconds / cores)
+    assert larger.straight == 2 * shared.straight
 
 
 def test_what_is_copied_for_a_checkpoint_is_what_would_be_saved():

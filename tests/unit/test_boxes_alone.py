@@ -13,7 +13,7 @@ from PIL import Image
 
 from freesolo.config import TrainJob
 from freesolo.data.collate import collate_photos
-from freesolo.data.labels import ImageLabels, LabelledInstance
+from freesolo.data.label_records import ImageLabels, LabelledInstance
 from freesolo.data.shards import DatasetManifest, Sample
 from freesolo.data.views import SegmentationView
 from freesolo.ops.mask_storage import Rle

@@ -15,14 +15,8 @@ from pycocotools import mask as coco_mask
 from freesolo.comparison import as_table, check_comparable, compare
 from freesolo.config import TrainJob
 from freesolo.data.coco import export_coco
-from freesolo.data.labels import (
-    ImageLabels,
-    LabelledInstance,
-    LabelPlan,
-    begin_label_set,
-    finish_label_set,
-    write_label_file,
-)
+from freesolo.data.label_records import ImageLabels, LabelledInstance
+from freesolo.data.labels import LabelPlan, begin_label_set, finish_label_set, write_label_file
 from freesolo.data.shards import (
     DatasetManifest,
     Sample,

@@ -22,15 +22,8 @@ from freesolo.data.coco import (
     sample_labels,
     write_coco,
 )
-from freesolo.data.labels import (
-    ImageLabels,
-    LabelFileError,
-    LabelledInstance,
-    LabelPlan,
-    begin_label_set,
-    finish_label_set,
-    write_label_file,
-)
+from freesolo.data.label_records import ImageLabels, LabelledInstance
+from freesolo.data.labels import LabelFileError, LabelPlan, begin_label_set, finish_label_set, write_label_file
 from freesolo.data.shards import (
     DatasetManifest,
     Sample,

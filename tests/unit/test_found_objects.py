@@ -14,14 +14,8 @@ from pycocotools import mask as coco_mask
 
 from freesolo import found_objects
 from freesolo.data import files
-from freesolo.data.labels import (
-    ImageLabels,
-    LabelledInstance,
-    LabelPlan,
-    begin_label_set,
-    finish_label_set,
-    write_label_file,
-)
+from freesolo.data.label_records import ImageLabels, LabelledInstance
+from freesolo.data.labels import LabelPlan, begin_label_set, finish_label_set, write_label_file
 from freesolo.data.shards import DatasetManifest, Sample, ShardInfo, shard_name, write_dataset_manifest, write_shard
 from freesolo.errors import UsageError
 from freesolo.found_objects import group_objects

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from freesolo.data.labels import ImageLabels
+from freesolo.data.label_records import ImageLabels
 from freesolo.data.resizing import resize_photo
 from freesolo.data.shards import Sample, ShardError, ShardInfo, shard_name, write_shard
 from freesolo.inference.batches import (

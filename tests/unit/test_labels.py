@@ -14,11 +14,10 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from freesolo.data import files
+from freesolo.data.label_records import ImageLabels, LabelledInstance
 from freesolo.data.labels import (
-    ImageLabels,
     LabelFile,
     LabelFileError,
-    LabelledInstance,
     LabelManifest,
     LabelPlan,
     begin_label_set,
