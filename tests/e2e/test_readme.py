@@ -41,7 +41,7 @@ RUN_ELSEWHERE = {
     "freesolo export coco": "tests/e2e/test_pipeline.py",
     "freesolo export program": "tests/integration/test_registry.py",
     "freesolo export weights": "tests/unit/test_layouts.py",
-    "freesolo weights pull": "tests/unit/test_weights.py",
+    "freesolo weights pull": "tests/unit/test_published.py",
     "freesolo weights import": "tests/unit/test_layouts.py",
     "freesolo deliver": "tests/unit/test_tracking.py",
     "freesolo demo-data": "Makefile",
