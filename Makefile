@@ -101,7 +101,7 @@ bench: $(READY)  ## Times beside named peers', asserting none (about 7 minutes o
 test-gpu: $(READY)  ## What only a CUDA device can show (about a minute on one)
 	$(BIN)/python -m pytest tests/gpu -m gpu --confcutdir=tests/gpu
 
-bench-gpu: $(READY)  ## Times on a CUDA device beside named peers'; those of torchvision and lightly, where installed
+bench-gpu: $(READY)  ## Times on a CUDA device beside named peers'; those of torchvision, lightly and mmdet, where installed
 	$(BIN)/python -m tests.benchmarks --device cuda --json build/benchmarks-gpu.json
 
 lint: $(READY)  ## Format, lint, import layers and the Dockerfile
