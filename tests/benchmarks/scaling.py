@@ -159,7 +159,7 @@ def load_of(gpus: int, rates: Rates, photo_bytes: float) -> Load:
 
 # What was measured: on a GPU README's figures of one H200, on a core `python -m tests.benchmarks input_paths`.
 MEASURED = Rates(
-    pretrain_gpu=930.0, pretrain_core=212.0, extract_gpu=54.0, train_gpu=52.0, train_core=52.0, predict_gpu=125.0
+    pretrain_gpu=930.0, pretrain_core=205.0, extract_gpu=54.0, train_gpu=52.0, train_core=41.0, predict_gpu=125.0
 )
 
 
