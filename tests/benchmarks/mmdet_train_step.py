@@ -26,7 +26,7 @@ from freesolo.ops.masks import boxes_xyxy
 from freesolo.settings import SoloModelSettings
 from freesolo.types import SegmentationBatch
 from tests.benchmarks.measure import Benchmark, Case
-from tests.benchmarks.solo_train_step import assert_trained, flops_of, photos_with_objects, solo_step
+from tests.benchmarks.solo_train_step import assert_trained, flops_of, peers_step, photos_with_objects, solo_step
 
 CONFIG = Path(".mim/configs/solov2/solov2_r50_fpn_1x_coco.py")
 _OPERATORS = ("", ".carafe", ".merge_cells", ".modulated_deform_conv", ".multi_scale_deform_attn", ".nms", ".roi_align")
@@ -68,7 +68,6 @@ def mmdet_step(batch: SegmentationBatch, device: torch.device) -> Callable[[], T
     settings.backbone.update(init_cfg=None, frozen_stages=-1, norm_eval=False)
     settings.mask_head.num_classes = 1
     model = MODELS.build(settings).to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
     extent = tuple(batch.images.pixels.shape[-2:])
     pixels = normalize(batch.images.pixels)
     samples = []
@@ -82,18 +81,11 @@ def mmdet_step(batch: SegmentationBatch, device: torch.device) -> Callable[[], T
         sample.set_metainfo({"img_shape": tuple(size), "batch_input_shape": extent, "pad_shape": extent})
         samples.append(sample)
 
-    def step() -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses = model.loss(pixels, samples)
-        levels = [each if isinstance(each, list) else [each] for each in losses.values()]
-        loss = torch.stack([one.sum() for each in levels for one in each]).sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 35.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    def losses() -> list[Tensor]:
+        by_name = model.loss(pixels, samples)
+        return [one for each in by_name.values() for one in (each if isinstance(each, list) else [each])]
 
-    return step
+    return peers_step(model, losses, device)
 
 
 class _NoOperators(ModuleType):

@@ -6,7 +6,7 @@ and the yardstick that people know. What limits either is arithmetic: ours is co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -97,7 +97,6 @@ def mask_rcnn_step(batch: SegmentationBatch, device: torch.device) -> Callable[[
         weights=None, weights_backbone=None, num_classes=2, min_size=height, max_size=width, trainable_backbone_layers=5
     )
     model.to(device).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
     images = list(batch.images.pixels.float() / 255)
     wanted = []
     for image in range(len(batch)):
@@ -105,10 +104,19 @@ def mask_rcnn_step(batch: SegmentationBatch, device: torch.device) -> Callable[[
         labels = torch.ones(len(own), dtype=torch.int64, device=device)
         wanted.append({"boxes": boxes_xyxy(own.masks), "labels": labels, "masks": own.masks.byte()})
 
+    return peers_step(model, lambda: model(images, wanted).values(), device)
+
+
+def peers_step(
+    model: nn.Module, losses_of_batch: Callable[[], Iterable[Tensor]], device: torch.device
+) -> Callable[[], Tensor]:
+    """A step of a network that is not ours; gives the sum of its losses, which is minimised."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
+
     def step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses = model(images, wanted)
-        loss = torch.stack(list(losses.values())).sum()
+            losses = losses_of_batch()
+        loss = torch.stack([one.sum() for one in losses]).sum()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 35.0)
         optimizer.step()
