@@ -175,7 +175,8 @@ class RunRecorder:
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses = []
         snapshot = take_snapshot(self._training.learner, progress)
-        self._upload = CheckpointUpload(snapshot, self._plan.job, self._best, loss)
+        store = ray.train.get_context().get_storage().persist_current_checkpoint
+        self._upload = CheckpointUpload(snapshot, self._plan.job, self._best, loss, store)
         ray.train.report(
             {**self.last_metrics, "step": progress.step},
             checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="freesolo-checkpoint-")),

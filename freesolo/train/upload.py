@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-import ray.train
 from ray.train import Checkpoint
 
 from freesolo.errors import JobError, UsageError
@@ -24,16 +24,25 @@ class CheckpointUpload:
         settings: The resolved configuration.
         best: Is offered the checkpoint.
         loss: How good it is; None: nothing was learned since the one before.
+        store: Copies a folder's checkpoint to where Ray keeps those of this name, and gives the copy.
 
     Attributes:
         written: Set when the snapshot is let go of: it is on the disk, or could not be written.
     """
 
-    def __init__(self, snapshot: Snapshot, settings: Settings, best: BestCheckpoint, loss: float | None) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        settings: Settings,
+        best: BestCheckpoint,
+        loss: float | None,
+        store: Callable[[Checkpoint, str], Checkpoint],
+    ) -> None:
         self._snapshot: Snapshot | None = snapshot
         self._settings = settings
         self._best = best
         self._loss = loss
+        self._store = store
         self.written = threading.Event()
 
     def __call__(self, checkpoint: Checkpoint, name: str) -> Checkpoint:
@@ -53,7 +62,7 @@ class CheckpointUpload:
         folder = Path(checkpoint.path)
         if self._snapshot is not None:
             self._write(self._snapshot, folder)
-        stored: Checkpoint = ray.train.get_context().get_storage().persist_current_checkpoint(checkpoint, name)
+        stored = self._store(checkpoint, name)
         if self._loss is not None:
             self._best.offer(folder, name, self._loss)
         return stored
