@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from freesolo.data.coco import ground_truth
+from freesolo.data.coco import shard_ground_truth
 from freesolo.data.label_records import ImageLabels
 from freesolo.data.labels import LabelFile, LabelSet, read_label_file, read_labels_of
 from freesolo.data.shards import DatasetManifest, ShardInfo, read_dataset_manifest
@@ -105,7 +105,7 @@ def match_shard(task: ShardTask) -> list[Matches]:
         UsageError: An annotation is damaged.
         JobError: The shard or a label file is damaged, or a store cannot be reached.
     """
-    truth = ground_truth(task.dataset, [task.shard])
+    truth = shard_ground_truth(task.dataset, task.shard)
     return [
         match(
             truth,

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,7 @@ def write_coco(url: str, destination: str, categories: Sequence[Mapping[str, Any
         output.write(b"\n]}\n")
 
 
-def ground_truth(dataset_url: str, shards: Sequence[ShardInfo] | None = None) -> CocoRecord:
+def ground_truth(dataset_url: str) -> CocoRecord:
     """The annotations of a data set in the form that COCO's evaluation needs.
 
     Beside what `export_coco` does: `iscrowd` and `area` are filled in where they are missing, every segmentation is an
@@ -173,7 +174,6 @@ def ground_truth(dataset_url: str, shards: Sequence[ShardInfo] | None = None) ->
 
     Args:
         dataset_url: Of the data set.
-        shards: Only those of these shards; None: all.
 
     Raises:
         UsageError: No data set is there, it is not annotated, or an annotation is damaged.
@@ -182,7 +182,25 @@ def ground_truth(dataset_url: str, shards: Sequence[ShardInfo] | None = None) ->
     manifest = read_dataset_manifest(dataset_url)
     if not manifest.annotated:
         raise UsageError(f"{dataset_url}: not annotated, so there is nothing to compare with; pack a COCO JSON")
-    document = _collect(_open_data_set(dataset_url, manifest, manifest.shards if shards is None else shards))
+    return _ready_for_evaluation(_open_data_set(dataset_url, manifest), dataset_url)
+
+
+def shard_ground_truth(dataset_url: str, shard: ShardInfo) -> CocoRecord:
+    """The images and annotations that `ground_truth` has of one shard; the manifest is not read again for it.
+
+    Args:
+        dataset_url: Of an annotated data set.
+        shard: One of its shards.
+
+    Raises:
+        UsageError: An annotation is damaged.
+        JobError: The shard is damaged, or the store cannot be reached.
+    """
+    return _ready_for_evaluation(CocoStream({}, (), _shard_images(dataset_url, shard)), dataset_url)
+
+
+def _ready_for_evaluation(stream: CocoStream, dataset_url: str) -> CocoRecord:
+    document = _collect(stream)
     sizes = {image["id"]: (image["height"], image["width"]) for image in document["images"]}
     try:
         annotations = [_complete(annotation, *sizes[annotation["image_id"]]) for annotation in document["annotations"]]
@@ -207,18 +225,18 @@ def open_coco(url: str, categories: Sequence[Mapping[str, Any]] | None = None) -
         return _open_label_set(url, categories)
     if not files.exists(files.join(url, "manifest.json")):
         raise UsageError(f"{url}: no data set there, and no label set (no manifest.json); give the folder that has one")
-    manifest = read_dataset_manifest(url)
-    return _open_data_set(url, manifest, manifest.shards)
+    return _open_data_set(url, read_dataset_manifest(url))
 
 
-def _open_data_set(url: str, manifest: DatasetManifest, shards: Sequence[ShardInfo]) -> CocoStream:
-    def images() -> Iterator[tuple[CocoRecord, list[CocoRecord]]]:
-        for shard in shards:
-            for sample in read_shard(url, shard):
-                yield _image_record(sample), list(sample.annotations)
-
+def _open_data_set(url: str, manifest: DatasetManifest) -> CocoStream:
     info = {"description": "a data set packed by freesolo", "dataset_digest": manifest.digest}
-    return CocoStream(info, manifest.categories, images())
+    images = chain.from_iterable(_shard_images(url, shard) for shard in manifest.shards)
+    return CocoStream(info, manifest.categories, images)
+
+
+def _shard_images(url: str, shard: ShardInfo) -> Iterator[tuple[CocoRecord, list[CocoRecord]]]:
+    for sample in read_shard(url, shard):
+        yield _image_record(sample), list(sample.annotations)
 
 
 def _open_label_set(url: str, categories: Sequence[Mapping[str, Any]] | None) -> CocoStream:

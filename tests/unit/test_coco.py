@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from freesolo.data.coco import (
     export_coco,
     ground_truth,
     sample_labels,
+    shard_ground_truth,
     write_coco,
 )
 from freesolo.data.label_records import ImageLabels, LabelledInstance
@@ -260,6 +263,14 @@ def test_ground_truth_has_what_evaluation_needs(url: str) -> None:
         assert (annotation["iscrowd"], annotation["area"], annotation["bbox"]) == (0, 9, [1, 2, 3, 3])
         np.testing.assert_array_equal(coco_mask.decode(annotation["segmentation"]), square(2, 1, 3))
     assert (by_id[8]["iscrowd"], by_id[8]["area"]) == (1, 48)
+
+
+def test_ground_truth_is_that_of_its_shards(url: str) -> None:
+    shards = data_set(url, [sample(9, POLYGON, CROWD), sample(2)], [sample(4, BOX, RUNS)]).shards
+    truth = ground_truth(url)
+    parts = [shard_ground_truth(url, shard) for shard in shards]
+    for name in ("images", "annotations"):
+        assert sorted(chain(*(part[name] for part in parts)), key=itemgetter("id")) == truth[name]
 
 
 def test_annotation_number_0_is_not_left_to_pycocotools(url: str) -> None:
