@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from freesolo.data.label_records import LabelledInstance
@@ -19,6 +19,7 @@ from freesolo.inference.segment import SegmentPhotos, build_segmenter
 from freesolo.models.model_file import ModelFile
 from freesolo.models.resnet import build_resnet
 from freesolo.ops.images import normalize
+from freesolo.ops.mask_storage import Rle
 from freesolo.ops.masks import boxes_xywh, encode_rle
 from freesolo.settings import ExtractSettings, PredictSettings
 from freesolo.types import ImageBatch
@@ -69,7 +70,13 @@ class FreeMaskLabeller:
             maps = self._backbone(pixels.contiguous(memory_format=torch.channels_last))
         features = maps[self._settings.feature_level - 2]  # C2 is the first
         return [
-            labelled_instances(found.masks, found.scores, torch.zeros_like(found.query_index), found.embeddings)
+            labelled_instances(
+                found.masks.encode_rle(),
+                found.masks.projections().boxes_xywh(),
+                found.scores,
+                torch.zeros_like(found.query_index),
+                found.embeddings,
+            )
             for found in free_masks(features, original_sizes, self._settings)
         ]
 
@@ -94,13 +101,20 @@ class SoloLabeller:
     ) -> list[tuple[LabelledInstance, ...]]:
         """The instances of each image, best first; images of one padded extent."""
         return [
-            labelled_instances(found.masks, found.scores, found.category_ids, found.embeddings)
+            labelled_instances(
+                encode_rle(found.masks),
+                boxes_xywh(found.masks),
+                found.scores,
+                found.category_ids,
+                found.embeddings,
+            )
             for found in self._segment.segment(images, original_sizes)
         ]
 
 
 def labelled_instances(
-    masks: Bool[Tensor, "N H W"],
+    rles: Sequence[Rle],
+    boxes_xywh: Float[Tensor, "N 4"],
     scores: Float[Tensor, " N"],
     category_ids: Int64[Tensor, " N"],
     embeddings: Float[Tensor, "N E"],
@@ -108,14 +122,15 @@ def labelled_instances(
     """The instances of one image as a label set stores them.
 
     Args:
-        masks: At the photo's own size. N may be 0.
+        rles: Of masks of the photo's own size. N may be 0.
+        boxes_xywh: Tight around the masks.
         scores: Best first.
         category_ids: 0 for class-agnostic objects.
         embeddings: E may be 0.
     """
     columns = zip(
-        encode_rle(masks),
-        boxes_xywh(masks).tolist(),
+        rles,
+        boxes_xywh.tolist(),
         scores.tolist(),
         category_ids.tolist(),
         embeddings.to(torch.float16).cpu().numpy(),

@@ -73,16 +73,16 @@ def rle_from_coco(segmentation: Any, height: int, width: int) -> Rle:
         if not segmentation:
             raise ValueError("a segmentation without polygons")
         polygons = _checked_polygons(segmentation)
-        return _as_text(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+        return as_text(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
     if not isinstance(segmentation, dict) or "counts" not in segmentation:
         raise ValueError("a segmentation that is neither polygons nor a run-length encoding")
     _check_size(segmentation, height, width)
     counts = segmentation["counts"]
     if isinstance(counts, list):
         runs = {"size": [height, width], "counts": _checked_runs(counts, height * width)}
-        return _as_text(coco_mask.frPyObjects(runs, height, width))
+        return as_text(coco_mask.frPyObjects(runs, height, width))
     check_rle_counts([counts], [height * width])
-    return _as_text(segmentation)
+    return as_text(segmentation)
 
 
 def check_rle_counts(counts: Sequence[Any], pixels: Sequence[int]) -> None:
@@ -159,7 +159,8 @@ def _check(rles: Sequence[Rle], height: int, width: int) -> None:
     check_rle_counts([rle["counts"] for rle in rles], [height * width] * len(rles))
 
 
-def _as_text(rle: Rle) -> Rle:
+def as_text(rle: Rle) -> Rle:
+    """An encoding as pycocotools gives it, or as a file has it, with text as counts."""
     counts = rle["counts"]
     text = counts.decode("ascii") if isinstance(counts, bytes) else counts
     return {"size": [int(side) for side in rle["size"]], "counts": text}

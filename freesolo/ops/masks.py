@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from freesolo.ops.gram import gram
-from freesolo.ops.mask_storage import Rle, rle_pixels
+from freesolo.ops.mask_storage import Rle, as_text, rle_pixels
 
 _NO_OVERFLOW = 255
 """So many ones are the most that a byte can hold."""
@@ -47,6 +47,11 @@ class Projections:
         left, right = _extent(self.columns > 0)
         return torch.stack((left, top, right, bottom), dim=1).float()
 
+    def boxes_xywh(self) -> Float[Tensor, "N 4"]:
+        """Tight boxes in COCO's stored format `(x, y, width, height)`; all 0 for an empty mask."""
+        left, top, right, bottom = self.boxes_xyxy().unbind(dim=1)
+        return torch.stack((left, top, right - left, bottom - top), dim=1)
+
     def areas(self) -> Int64[Tensor, " N"]:
         """Pixels of each mask."""
         return self.rows.sum(dim=1)
@@ -71,9 +76,8 @@ def boxes_xyxy(masks: Bool[Tensor, "N H W"]) -> Float[Tensor, "N 4"]:
 
 
 def boxes_xywh(masks: Bool[Tensor, "N H W"]) -> Float[Tensor, "N 4"]:
-    """Tight boxes of masks in COCO's stored format `(x, y, width, height)`; all 0 for an empty mask."""
-    left, top, right, bottom = boxes_xyxy(masks).unbind(dim=1)
-    return torch.stack((left, top, right - left, bottom - top), dim=1)
+    """As `Projections.boxes_xywh`."""
+    return Projections.of(masks).boxes_xywh()
 
 
 def areas(masks: Bool[Tensor, "N H W"]) -> Int64[Tensor, " N"]:
@@ -112,7 +116,7 @@ def encode_rle(masks: Bool[Tensor, "N H W"]) -> list[Rle]:
     # COCO runs down columns: transposed here, the memory is already the (H, W, N) Fortran order that pycocotools wants.
     columns_first = masks.view(torch.uint8).transpose(1, 2).contiguous().cpu().numpy()
     encoded = coco_mask.encode(columns_first.transpose(2, 1, 0))
-    return [{"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+    return [as_text(rle) for rle in encoded]
 
 
 def decode_rle(rles: Sequence[Rle], height: int, width: int) -> Bool[Tensor, "N H W"]:
@@ -130,7 +134,8 @@ def _words(masks: Bool[Tensor, "N H W"]) -> Int64[Tensor, "N H words"]:
     missing = -masks.shape[2] % 8
     if missing or not masks.is_contiguous() or masks.storage_offset() % 8:
         masks = functional.pad(masks, (0, missing)).contiguous()
-    return masks.view(torch.int64)
+    # Flat, because an axis of one entry may have any stride, which a view of words refuses.
+    return masks.view(-1).view(torch.int64).view(*masks.shape[:2], masks.shape[2] // 8)
 
 
 def _count_rows(words: Int64[Tensor, "N H words"]) -> Int32[Tensor, "N H"]:

@@ -67,7 +67,10 @@ def ours_free_masks(
     """What the extraction does with a map."""
     (found,) = free_masks(features[None], [photo_size], settings)
     no_category = torch.zeros_like(found.query_index)
-    stored: tuple[LabelledInstance, ...] = labelled_instances(found.masks, found.scores, no_category, found.embeddings)
+    boxes_xywh = found.masks.projections().boxes_xywh()
+    stored: tuple[LabelledInstance, ...] = labelled_instances(
+        found.masks.encode_rle(), boxes_xywh, found.scores, no_category, found.embeddings
+    )
     return [Found(one.rle, one.bbox_xywh, one.score, one.embedding) for one in stored]
 
 

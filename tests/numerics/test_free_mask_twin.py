@@ -153,7 +153,7 @@ def test_free_masks_equal_their_twin(name: str, options: dict, size: tuple[int, 
     torch.testing.assert_close(found.embeddings, embeddings, atol=1e-5, rtol=1e-5)
     masks = torch.from_numpy(np.stack([candidate["mask"] for candidate in expected]))
     # A soft value within rounding of the threshold may fall on either side of it.
-    assert (found.masks != masks).float().mean() < 1e-3
+    assert (found.masks.pixels() != masks).float().mean() < 1e-3
 
 
 def test_the_twins_are_not_compared_on_nothing():

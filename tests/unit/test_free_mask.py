@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from freesolo.freemask.algorithm import FreeMasks, free_masks
-from freesolo.ops.masks import areas, boxes_xyxy
 from freesolo.settings import FreeMaskSettings
 
 # Filters opened wide, one query scale: what the similarity alone says.
@@ -24,20 +23,21 @@ def with_object(height: int, width: int, rows: slice, columns: slice, channels: 
 
 def best_per_mask(found: FreeMasks) -> list[list[float]]:
     """Boxes of the masks that Matrix NMS left at their full score."""
-    return boxes_xyxy(found[found.scores > 0.99].masks).tolist()
+    return found.masks[found.scores > 0.99].projections().boxes_xyxy().tolist()
 
 
 def test_an_object_and_its_background_are_found_at_the_images_size():
     features = with_object(8, 10, slice(3, 6), slice(2, 7))
     (found,) = free_masks(features, [(16, 20)], OPEN)
-    assert found.masks.shape[1:] == (16, 20)
+    assert (found.masks.height, found.masks.width) == (16, 20)
     # The background asks first (query 0); the object's own first query is the cell (3, 2).
-    first_two = found[found.scores > 0.99]
-    assert first_two.query_index.tolist() == [0, 3 * 10 + 2]
+    first_two = found.scores > 0.99
+    assert found.query_index[first_two].tolist() == [0, 3 * 10 + 2]
     # Twice the size: 0.5 is reached between cell centres, so the object keeps its edges at 2x.
-    assert boxes_xyxy(first_two.masks).tolist() == [[0.0, 0.0, 20.0, 16.0], [4.0, 6.0, 14.0, 12.0]]
-    assert areas(first_two.masks)[1] >= 6 * 10 - 4  # the corners are rounded by a pixel each
-    torch.testing.assert_close(first_two.scores, torch.ones(2))
+    projections = found.masks[first_two].projections()
+    assert projections.boxes_xyxy().tolist() == [[0.0, 0.0, 20.0, 16.0], [4.0, 6.0, 14.0, 12.0]]
+    assert projections.areas()[1] >= 6 * 10 - 4  # the corners are rounded by a pixel each
+    torch.testing.assert_close(found.scores[first_two], torch.ones(2))
 
 
 def test_repeated_masks_are_decayed_and_sorted_last():
@@ -53,7 +53,7 @@ def test_released_settings_keep_one_object_below_the_top():
     (found,) = free_masks(with_object(16, 20, slice(8, 14), slice(5, 13)), [(160, 200)], settings)
     # The background spans the width and goes; duplicates fall below 0.7; the half- and quarter-size queries agree.
     assert len(found) == 1
-    assert boxes_xyxy(found.masks).tolist() == [[50.0, 80.0, 130.0, 140.0]]
+    assert found.masks.projections().boxes_xyxy().tolist() == [[50.0, 80.0, 130.0, 140.0]]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_embeddings_are_the_resized_query():
 def test_maps_that_are_alike_everywhere_give_an_empty_record(features: torch.Tensor):
     (found,) = free_masks(features, [(30, 40)], OPEN)
     assert len(found) == 0
-    assert found.masks.shape == (0, 30, 40)
+    assert found.masks.pixels().shape == (0, 30, 40)
     assert found.embeddings.shape == (0, 4)
     assert found.query_index.dtype == torch.int64
 
@@ -165,8 +165,8 @@ def test_every_image_has_a_record_in_order():
     features = torch.cat((with_object(8, 10, slice(3, 6), slice(2, 7)), empty))
     first, second = free_masks(features, [(16, 20), (33, 44)], OPEN)
     assert len(first) > 0
-    assert first.masks.shape[1:] == (16, 20)
-    assert second.masks.shape == (0, 33, 44)
+    assert first.masks.pixels().shape[1:] == (16, 20)
+    assert second.masks.pixels().shape == (0, 33, 44)
     assert free_masks(features[:0], [], OPEN) == []
 
 
@@ -177,7 +177,7 @@ def test_images_of_a_batch_do_not_know_of_each_other():
         (alone,) = free_masks(features[image : image + 1], [(12, 14)], OPEN)
         assert len(found) > 3
         assert torch.equal(found.query_index, alone.query_index)
-        assert torch.equal(found.masks, alone.masks)
+        assert torch.equal(found.masks.pixels(), alone.masks.pixels())
         torch.testing.assert_close(found.embeddings, alone.embeddings)
 
 
@@ -185,7 +185,7 @@ def test_masks_that_vanish_at_the_images_size_are_dropped():
     # An image far smaller than its feature map: two adjacent cells fall between the pixels that are sampled.
     features = with_object(12, 12, slice(6, 8), slice(6, 7))
     (found,) = free_masks(features, [(2, 2)], OPEN)
-    assert (areas(found.masks) > 0).all()
+    assert (found.masks.projections().areas() > 0).all()
     assert 6 * 12 + 6 not in found.query_index.tolist()
 
 
@@ -194,7 +194,7 @@ def test_result_does_not_depend_on_autocast_or_on_gradients():
     (expected,) = free_masks(features, [(14, 14)], OPEN)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (found,) = free_masks(features, [(14, 14)], OPEN)
-    assert torch.equal(found.masks, expected.masks)
+    assert torch.equal(found.masks.pixels(), expected.masks.pixels())
     assert torch.equal(found.scores, expected.scores)
     assert not found.scores.requires_grad
 
@@ -203,7 +203,7 @@ def test_features_in_bfloat16_are_taken():
     features = with_object(8, 10, slice(3, 6), slice(2, 7))
     (expected,) = free_masks(features, [(16, 20)], OPEN)
     (found,) = free_masks(features.bfloat16(), [(16, 20)], OPEN)
-    assert torch.equal(found.masks, expected.masks)
+    assert torch.equal(found.masks.pixels(), expected.masks.pixels())
     assert found.scores.dtype == torch.float32
 
 

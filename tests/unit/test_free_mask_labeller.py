@@ -11,7 +11,6 @@ from freesolo.inference.labellers import FreeMaskLabeller
 from freesolo.models.resnet import ResNet, build_resnet
 from freesolo.models.weights import backbone_state_dict
 from freesolo.ops.images import normalize
-from freesolo.ops.masks import boxes_xywh, encode_rle
 from freesolo.settings import ExtractSettings, FreeMaskSettings
 from freesolo.types import ImageBatch
 
@@ -44,8 +43,8 @@ def test_instances_are_free_masks_of_the_map_that_is_asked_for(backbone: ResNet,
         assert all(each.rle["size"] == list(size) for each in instances)
         # A pixel at the threshold may fall on either side: the labeller's memory format orders sums otherwise.
         boxes = torch.tensor([each.bbox_xywh for each in instances])
-        assert (boxes - boxes_xywh(expected.masks)).abs().max() <= 1
-        assert sum(a == b.rle for a, b in zip(encode_rle(expected.masks), instances, strict=True)) >= len(expected) / 2
+        assert (boxes - expected.masks.projections().boxes_xywh()).abs().max() <= 1
+        assert sum(a == b.rle for a, b in zip(expected.masks.encode_rle(), instances, strict=True)) >= len(expected) / 2
         torch.testing.assert_close(
             torch.tensor([each.score for each in instances]), expected.scores, rtol=1e-3, atol=1e-4
         )

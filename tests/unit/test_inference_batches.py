@@ -29,7 +29,7 @@ from freesolo.inference.batches import (
 from freesolo.inference.labellers import labelled_instances
 from freesolo.inference.pipeline import plan_settings
 from freesolo.inference.pool import DECODE_CPUS, READ_CPUS, reader_count
-from freesolo.ops.masks import decode_rle
+from freesolo.ops.masks import boxes_xywh, decode_rle, encode_rle
 from freesolo.settings import BoundsSettings, ExtractSettings, PredictSettings, ResourceSettings
 
 PLAN = BatchPlan(short_side=32, long_side_max=64, batch_size=3)
@@ -247,7 +247,9 @@ def test_instances_are_stored_with_boxes_and_embeddings() -> None:
     masks[1, 2:5, 3:8] = True
     embeddings = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
 
-    first, second = labelled_instances(masks, torch.tensor([0.75, 0.5]), torch.tensor([0, 4]), embeddings)
+    first, second = labelled_instances(
+        encode_rle(masks), boxes_xywh(masks), torch.tensor([0.75, 0.5]), torch.tensor([0, 4]), embeddings
+    )
 
     assert first.bbox_xywh == (2.0, 1.0, 1.0, 1.0)
     assert second.bbox_xywh == (3.0, 2.0, 5.0, 3.0)
@@ -261,7 +263,7 @@ def test_instances_are_stored_with_boxes_and_embeddings() -> None:
 def test_no_instances_are_stored_as_none() -> None:
     none = torch.zeros(0, dtype=torch.int64)
 
-    assert labelled_instances(torch.zeros(0, 4, 4, dtype=torch.bool), torch.zeros(0), none, torch.zeros(0, 128)) == ()
+    assert labelled_instances([], torch.zeros(0, 4), torch.zeros(0), none, torch.zeros(0, 128)) == ()
 
 
 @pytest.mark.parametrize(("workers", "spare"), [(1, 1.0), (4, 1.0), (40, 2.0), (3, 100.0), (1, 1.5)])

@@ -57,6 +57,15 @@ def test_stored_boxes_agree_with_pycocotools():
     assert boxes_xywh(masks).tolist() == coco_mask.toBbox(encode_rle(masks)).tolist()
 
 
+def test_one_mask_of_whatever_stride_along_its_only_axis():
+    # As pycocotools decodes it, for one; of a width that is whole words.
+    decoded = decode_rle(encode_rle(torch.ones(1, 3, 8, dtype=torch.bool)), 3, 8)
+    for stride in (1, 4, 24):
+        mask = decoded.as_strided((1, 3, 8), (stride, 8, 1))
+        assert boxes_xyxy(mask).tolist() == [[0, 0, 8, 3]]
+        assert areas(mask).tolist() == [24]
+
+
 def test_areas_count_pixels():
     assert areas(draw(ONE_PIXEL, CORNER, EMPTY, FULL)).tolist() == [1, 3, 0, 20]
 
