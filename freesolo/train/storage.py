@@ -12,18 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, LocalFileSystem, S3FileSystem
+import pyarrow.fs
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import AwsStandardS3RetryStrategy
 from ray.train import Checkpoint
+from s3fs import S3FileSystem
 
-from freesolo.data.files import is_local
-from freesolo.data.stores import CONNECT_TIMEOUT, READ_TIMEOUT
+from freesolo.data.stores import CONNECT_TIMEOUT, READ_TIMEOUT, resolve
 
 # AWS's standard strategy: what may pass is tried again, after a wait of a random share of 1, 2, 4, ... seconds, 20 at
 # most. The waits of 12 tries are 123 s on average; of 20,000 draws the shortest was 56 s.
 _TRIES = 12
 
 
-class _PatientS3(S3FileSystem):  # type: ignore[misc]
+class _PatientS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
     """pyarrow's S3 with its tries, which pyarrow itself forgets when it is pickled for the workers."""
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -34,19 +36,21 @@ class _PatientS3(S3FileSystem):  # type: ignore[misc]
         return _PatientS3, (self._options,)
 
 
-def checkpoint_storage(url: str) -> tuple[str, FileSystem | None]:
+def checkpoint_storage(url: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
     """What Ray's `RunConfig` takes as `storage_path` and `storage_filesystem` for a folder.
 
     Credentials and the endpoint are looked up in each process's own environment, and are not sent to the workers.
     """
-    if is_local(url):
-        return str(Path(url).resolve()), None
-    store, path = FileSystem.from_uri(url)
+    store, path = resolve(url)
+    if isinstance(store, LocalFileSystem):
+        return str(Path(path).resolve()), None
     if not isinstance(store, S3FileSystem):
         return url, None
-    _, (options,) = (
-        store.__reduce__()
-    )  # all that was read from the URL and the environment, the bucket's region for one
+    # Of the bucket alone: pyarrow takes `#`, `?` and `%` in a URL for more than characters of a name, as nothing else
+    # here does.
+    checkpoints, _ = pyarrow.fs.FileSystem.from_uri(f"s3://{path.partition('/')[0]}")
+    # All that was read from the environment, the bucket's region for one.
+    _, (options,) = checkpoints.__reduce__()
     options |= {"connect_timeout": CONNECT_TIMEOUT, "request_timeout": READ_TIMEOUT}
     return path, _PatientS3(options)
 
@@ -61,7 +65,7 @@ def checkpoint_files(checkpoint: Checkpoint) -> Iterator[Path]:
     Raises:
         OSError: The store failed, or the disk is full.
     """
-    if isinstance(checkpoint.filesystem, LocalFileSystem):
+    if isinstance(checkpoint.filesystem, pyarrow.fs.LocalFileSystem):
         yield Path(checkpoint.path)
         return
     with tempfile.TemporaryDirectory(prefix="freesolo-checkpoint-") as folder:
