@@ -160,6 +160,8 @@ def _category_ids(labels: LabelSet) -> tuple[int, ...]:
 
 def _detections(records: Iterable[ImageLabels], coco_ids: Sequence[int]) -> Iterator[Detections]:
     for labels in records:
+        if labels.is_lost:
+            continue  # nothing was found in what was not there
         yield Detections(
             image_id=labels.image_id,
             rles=[instance.rle for instance in labels.instances],

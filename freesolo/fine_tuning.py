@@ -251,7 +251,7 @@ def _report(
         trained=[(one.name, one.folder) for one in trained],
         rows=comparison.rows,
         trends=trends(trained, comparison.rows),
-        gallery=gallery(job.evaluation_dataset, least, images=job.gallery_images),
+        gallery=gallery(job.evaluation_dataset, least, images=job.gallery_images, bounds=job.bounds),
         notes=job.notes,
         settings=job,
         provenance={

@@ -148,7 +148,7 @@ def evaluate_stage(job: EvaluateJob, folder: StageFolder, parent_url: str | None
                 stages=(),
                 trained=(),
                 rows=comparison.rows,
-                gallery=gallery(job.dataset, job.labels, images=job.gallery_images),
+                gallery=gallery(job.dataset, job.labels, images=job.gallery_images, bounds=job.bounds),
                 notes=(),
                 settings=job,
                 provenance={"Evaluation data set": comparison.dataset_digest},

@@ -230,11 +230,11 @@ def _report(job: PipelineJob, folder: StageFolder, made: Made, witness: Witness,
     if job.evaluation_dataset is not None:
         comparison = compare(job.evaluation_dataset, made.held_out, over_shards=over_shards)
         rows, digest = comparison.rows, comparison.dataset_digest
-        photos = gallery(job.evaluation_dataset, made.held_out, images=job.gallery_images)
+        photos = gallery(job.evaluation_dataset, made.held_out, images=job.gallery_images, bounds=job.bounds)
         metrics = show_comparison(comparison, witness, journal)
         _promote(registered, rows, digest, resolve_server(job.tracking, folder.storage))
     else:
-        photos = gallery(job.dataset, made.labels, images=job.gallery_images)
+        photos = gallery(job.dataset, made.labels, images=job.gallery_images, bounds=job.bounds)
     url = write_report(
         folder,
         witness,

@@ -247,7 +247,8 @@ def _open_label_set(url: str, categories: Sequence[Mapping[str, Any]] | None) ->
     def images() -> Iterator[tuple[CocoRecord, list[CocoRecord]]]:
         for file in manifest.files:
             for record in read_label_file(url, file):
-                yield _image_record(record), _label_annotations(record, coco_ids, url)
+                if not record.is_lost:
+                    yield _image_record(record), _label_annotations(record, coco_ids, url)
 
     plan = manifest.plan
     info = {

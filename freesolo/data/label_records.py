@@ -64,6 +64,11 @@ class ImageLabels:
     error: str | None
     instances: tuple[LabelledInstance, ...]
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether this stands for a sample that a damaged shard no longer held: it has no sample's key, id or size."""
+        return self.height == 0
+
 
 def counts_as_text(rle: Rle) -> str:
     """An encoding's counts, which pycocotools gives as bytes."""

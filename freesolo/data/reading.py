@@ -72,8 +72,8 @@ class PieceReader:
 
         A shard that ends early costs what is missing, one that was altered costs all: nobody can tell which of its
         samples are as they were. A label file that cannot be read, or is of other images, costs its shard's samples,
-        and a record that it lacks costs one: a data set's annotations never stand in for the labels that a training was
-        asked to use.
+        and a record that it lacks, because the shard was cut short when it was labelled, costs one: a data set's
+        annotations never stand in for the labels that a training was asked to use.
         """
         shard = self.shards[number]
         found: dict[int, _Record] = {}
@@ -98,7 +98,8 @@ class PieceReader:
     def _labels(self, number: int) -> dict[str, ImageLabels] | None:
         if self.labels_url is None:
             return None
-        return {labels.key: labels for labels in read_label_file(self.labels_url, self.label_files[number])}
+        records = read_label_file(self.labels_url, self.label_files[number])
+        return {labels.key: labels for labels in records if not labels.is_lost}
 
     def _record(self, sample: Sample, labels: dict[str, ImageLabels] | None, shard_name: str) -> _Record:
         if sample.error is not None:
