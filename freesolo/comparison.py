@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from freesolo.data.coco import shard_ground_truth
+from freesolo.data.coco import category_names, label_category_ids, shard_ground_truth
 from freesolo.data.label_records import ImageLabels
 from freesolo.data.labels import LabelFile, LabelSet, read_label_file, read_labels_of
 from freesolo.data.shards import DatasetManifest, ShardInfo, read_dataset_manifest
@@ -79,7 +79,7 @@ def compare(dataset: str, label_sets: Mapping[str, str], *, over_shards: OverSha
         UsageError: The data set has no annotations, or a label set is of another data set.
     """
     manifest = check_comparable(dataset, label_sets)
-    names = {category["id"]: str(category.get("name", category["id"])) for category in manifest.categories}
+    names = category_names(manifest.categories)
     opened = [read_labels_of(url, manifest) for url in label_sets.values()]
     tasks = [
         ShardTask(
@@ -102,14 +102,14 @@ def match_shard(task: ShardTask) -> list[Matches]:
     """How what each label set has of a shard's photos matches their annotations.
 
     Raises:
-        UsageError: An annotation is damaged.
+        UsageError: An annotation is damaged, or a label is of no category of its model.
         JobError: The shard or a label file is damaged, or a store cannot be reached.
     """
     truth = shard_ground_truth(task.dataset, task.shard)
     return [
         match(
             truth,
-            _detections(read_label_file(labels.url, labels.file), labels.category_ids),
+            _detections(read_label_file(labels.url, labels.file), labels),
             task.categories if labels.category_ids else None,
         )
         for labels in task.labels
@@ -158,7 +158,7 @@ def _category_ids(labels: LabelSet) -> tuple[int, ...]:
     return tuple(category["id"] for category in labels.manifest.plan.model.get("categories", ()))
 
 
-def _detections(records: Iterable[ImageLabels], coco_ids: Sequence[int]) -> Iterator[Detections]:
+def _detections(records: Iterable[ImageLabels], of: ShardLabels) -> Iterator[Detections]:
     for labels in records:
         if labels.is_lost:
             continue  # nothing was found in what was not there
@@ -167,7 +167,7 @@ def _detections(records: Iterable[ImageLabels], coco_ids: Sequence[int]) -> Iter
             rles=[instance.rle for instance in labels.instances],
             boxes_xywh=[instance.bbox_xywh for instance in labels.instances],
             scores=[instance.score for instance in labels.instances],
-            category_ids=[coco_ids[one.category_id] for one in labels.instances] if coco_ids else None,
+            category_ids=label_category_ids(labels, of.category_ids, of.url) if of.category_ids else None,
         )
 
 

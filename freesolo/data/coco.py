@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -84,6 +85,30 @@ def without_masks(sample: Sample) -> Sample:
         for annotation in sample.annotations
     ]
     return replace(sample, annotations=tuple(annotations))
+
+
+def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """The name of each category by COCO's id, its id where it has none; with its id where two have the same."""
+    names = {category["id"]: str(category.get("name", category["id"])) for category in categories}
+    times = Counter(names.values())
+    return {number: name if times[name] == 1 else f"{name} ({number})" for number, name in names.items()}
+
+
+def label_category_ids(labels: ImageLabels, coco_ids: Sequence[int], url: str) -> list[int]:
+    """COCO's category of each instance.
+
+    Args:
+        labels: Of one image.
+        coco_ids: Of the categories that the labels' maker tells apart, ascending.
+        url: Of the label set, for the error.
+
+    Raises:
+        UsageError: An instance is of none of these categories.
+    """
+    worst = max((instance.category_id for instance in labels.instances), default=-1)
+    if worst >= len(coco_ids):
+        raise UsageError(f"{url}: its category {worst} is none of {len(coco_ids)}; give the categories of its model")
+    return [coco_ids[instance.category_id] for instance in labels.instances]
 
 
 def sample_labels(sample: Sample, categories: Mapping[int, int] | None = None) -> ImageLabels:
@@ -236,7 +261,8 @@ def _open_data_set(url: str, manifest: DatasetManifest) -> CocoStream:
 
 def _shard_images(url: str, shard: ShardInfo) -> Iterator[tuple[CocoRecord, list[CocoRecord]]]:
     for sample in read_shard(url, shard):
-        yield _image_record(sample), list(sample.annotations)
+        # Whose annotation it is, is told by the record that it lies in.
+        yield _image_record(sample), [one | {"image_id": sample.image_id} for one in sample.annotations]
 
 
 def _open_label_set(url: str, categories: Sequence[Mapping[str, Any]] | None) -> CocoStream:
@@ -268,22 +294,20 @@ def _image_record(image: Sample | ImageLabels) -> CocoRecord:
 def _label_annotations(record: ImageLabels, coco_ids: Sequence[int], url: str) -> list[CocoRecord]:
     if not record.instances:
         return []
-    worst = max(instance.category_id for instance in record.instances)
-    if worst >= len(coco_ids):
-        raise UsageError(f"{url}: its category {worst} is none of {len(coco_ids)}; give the categories of its model")
+    category_ids = label_category_ids(record, coco_ids, url)
     areas = coco_mask.area([instance.rle for instance in record.instances])
     return [
         {
             "id": instance.mask_id,
             "image_id": record.image_id,
-            "category_id": coco_ids[instance.category_id],
+            "category_id": category_id,
             "segmentation": instance.rle,
             "bbox": list(instance.bbox_xywh),
             "area": int(area),
             "score": instance.score,
             "iscrowd": 0,
         }
-        for instance, area in zip(record.instances, areas, strict=True)
+        for instance, category_id, area in zip(record.instances, category_ids, areas, strict=True)
     ]
 
 
@@ -344,8 +368,13 @@ def _collect(stream: CocoStream) -> CocoRecord:
         "licenses": [],
         "categories": list(stream.categories),
         "images": sorted(images, key=lambda image: int(image["id"])),
-        "annotations": sorted(annotations, key=lambda annotation: int(annotation.get("id", 0))),
+        "annotations": sorted(annotations, key=_id_or_0),
     }
+
+
+def _id_or_0(annotation: CocoRecord) -> int:
+    number = annotation.get("id", 0)
+    return number if type(number) is int else 0  # what is damaged is told where it is used
 
 
 def _list_writer(write: Callable[[bytes], int]) -> Callable[[CocoRecord], None]:

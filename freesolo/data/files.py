@@ -8,6 +8,7 @@ for good is told in one line: what was tried, where, and what to do.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from freesolo.data.stores import UnreadableFileError as UnreadableFileError  # callers meet it here
 from freesolo.data.stores import ask, explained, is_full, is_there_already, is_transient, resolve
@@ -51,15 +53,26 @@ def exists(url: str) -> bool:
         UsageError: The URL's store needs credentials, or its protocol is unknown.
         JobError: The store cannot be reached.
     """
-    return size(url) is not None
+    return _details(url) is not None
 
 
 def size(url: str) -> int | None:
     """Bytes of the file at `url`; None where there is none.
 
     Raises:
+        UnreadableFileError: Its server does not tell.
         UsageError, JobError: As `exists`.
     """
+    details = _details(url)
+    if details is None:
+        return None
+    if details["size"] is None:
+        raise UnreadableFileError(f"{url}: its server does not tell how large it is; copy it to one that does")
+    return int(details["size"])
+
+
+def _details(url: str) -> dict[str, Any] | None:
+    """What its store knows of the file at `url`; None where there is none."""
     store, path = resolve(url)
 
     def look() -> dict[str, Any] | None:
@@ -69,10 +82,9 @@ def size(url: str) -> int | None:
             if is_transient(error):
                 raise
             return None
-        return details
+        return details if details["type"] == "file" else None
 
-    details = ask(url, look)
-    return int(details["size"]) if details is not None and details["type"] == "file" else None
+    return ask(url, look)
 
 
 def is_folder(url: str) -> bool:
@@ -227,16 +239,40 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def list_files(url: str) -> list[str]:
+def list_files(url: str, *, depth: int | None = None) -> list[str]:
     """Every file below the folder at `url`, relative to it, sorted; nothing where there is no folder.
+
+    Links are followed, though not into a folder that they lie in; one that leads nowhere is listed as a file.
+
+    Args:
+        url: Of the folder.
+        depth: 1: only the folder's own files; 2: those of its folders too; ...; None: all.
 
     Raises:
         UsageError, JobError: As `read_bytes`.
     """
     store, path = resolve(url)
-    found = ask(url, lambda: store.find(path))
     root = path.rstrip("/") + "/"
+    if isinstance(store, LocalFileSystem):
+        with explained(url):
+            found = list(_files_below(root, depth, frozenset({os.path.realpath(root)})))
+    else:
+        found = ask(url, lambda: store.find(path, maxdepth=depth))
     return sorted(name.removeprefix(root) for name in found if name.startswith(root))
+
+
+def _files_below(folder: str, depth: int | None, within: frozenset[str]) -> Iterator[str]:
+    """What `list_files` lists of a folder of this machine, which lies within others."""
+    try:
+        with os.scandir(folder) as listing:
+            entries = list(listing)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if not entry.is_dir():
+            yield entry.path
+        elif depth != 1 and (real := os.path.realpath(entry.path)) not in within:
+            yield from _files_below(entry.path, depth and depth - 1, within | {real})
 
 
 def glob_files(pattern: str) -> tuple[str, list[str]]:
@@ -248,14 +284,14 @@ def glob_files(pattern: str) -> tuple[str, list[str]]:
     Raises:
         UsageError, JobError: As `read_bytes`.
     """
-    store, path = resolve(pattern)
-    found = ask(pattern, lambda: store.glob(path, detail=True))
-    fixed = list(takewhile(lambda part: not has_wildcard(part), path.split("/")))
-    depth = len("/".join([*fixed, ""]))
-    names = sorted(name[depth:] for name, details in found.items() if details["type"] == "file")
     scheme, separator, rest = pattern.rpartition("://")
-    base = "/".join(takewhile(lambda part: not has_wildcard(part), rest.split("/")))
-    return f"{scheme}{separator}{base or ('/' if rest.startswith('/') else '')}", names
+    parts = rest.split("/")
+    fixed = list(takewhile(lambda part: not has_wildcard(part), parts))
+    base = f"{scheme}{separator}{'/'.join(fixed) or ('/' if rest.startswith('/') else '')}"
+    below = "/".join(parts[len(fixed) :])
+    matches = re.compile(glob_translate(below)).match
+    names = list_files(base or ".", depth=None if "**" in below else below.count("/") + 1)
+    return base, [name for name in names if matches(name)]
 
 
 def has_wildcard(text: str) -> bool:

@@ -104,7 +104,10 @@ class Claim:
         if self.machine is None or self.machine != _this_machine():
             return False
         try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.started) > 1)
+            process = psutil.Process(self.pid)
+            is_another = bool(abs(process.create_time() - self.started) > 1)
+            # Or it was killed, and whoever started it has not looked.
+            return is_another or bool(process.status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
 

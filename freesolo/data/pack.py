@@ -38,7 +38,7 @@ from freesolo.data.shards import (
     write_dataset_manifest,
     write_shard,
 )
-from freesolo.data.sources import PhotoCollection, PhotoSource, find_photos
+from freesolo.data.sources import PhotoCollection, PhotoSource, as_utf8, find_photos
 from freesolo.errors import JobError, UsageError
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
 
@@ -249,7 +249,7 @@ def _readable(task: ShardTask, skipped: list[SkippedPhoto]) -> Iterator[Sample]:
         try:
             yield _sample(photo, task.bounds)
         except (PhotoError, files.UnreadableFileError) as error:
-            skipped.append(SkippedPhoto(photo.file_name, str(error)))
+            skipped.append(SkippedPhoto(photo.file_name, as_utf8(str(error))))
 
 
 def _sample(photo: PhotoSource, bounds: BoundsSettings) -> Sample:

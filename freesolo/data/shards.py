@@ -34,6 +34,7 @@ from freesolo.data.documents import (
     parse_json,
     parse_manifest,
     read_document,
+    short,
 )
 from freesolo.data.photos import file_extension
 from freesolo.data.tar_members import DAMAGED, Member, read_members
@@ -151,7 +152,12 @@ class DatasetManifest:
         Raises:
             UsageError: Not a data set's manifest, or a newer format's.
         """
-        return parse_manifest(cls, text, FORMAT, FORMAT_VERSION, again="pack the data set again")
+        again = "pack the data set again"
+        manifest = parse_manifest(cls, text, FORMAT, FORMAT_VERSION, again=again)
+        ids = [category.get("id") for category in manifest.categories]
+        if not all(type(each) is int for each in ids) or len(set(ids)) != len(ids):
+            raise UsageError(f"a damaged manifest: category ids {short(ids)} are not numbers that differ; {again}")
+        return manifest
 
     def names(self) -> list[str]:
         """Of the shards."""

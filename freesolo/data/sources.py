@@ -115,7 +115,7 @@ def _numbered(name: str, urls: Mapping[str, str]) -> PhotoCollection:
     """Photos with ids from 1 in the order of their relative names, the keys of `urls`."""
     if not urls:
         raise UsageError(f"{name}: no photos there; looked for {', '.join(PHOTO_SUFFIXES)}")
-    photos = (PhotoSource(urls[each], _as_text(each), number) for number, each in enumerate(sorted(urls), start=1))
+    photos = (PhotoSource(urls[each], as_utf8(each), number) for number, each in enumerate(sorted(urls), start=1))
     return PhotoCollection(name, tuple(photos))
 
 
@@ -123,8 +123,8 @@ def _below(base: str, names: Iterable[str]) -> dict[str, str]:
     return {name: files.join(base, name) for name in names}
 
 
-def _as_text(name: str) -> str:
-    """A file name that is not UTF-8, which Linux allows, as text that can be stored and shown."""
+def as_utf8(name: str) -> str:
+    """A text with a file's name that is not UTF-8, which Linux allows, as one that can be stored and shown."""
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 

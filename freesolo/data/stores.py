@@ -26,7 +26,9 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
+from fsspec import get_filesystem_class
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from freesolo.data.retry import StillFailingError, one_line, persist
 from freesolo.errors import JobError, UsageError
@@ -36,6 +38,11 @@ Result = TypeVar("Result")
 # Seconds. A first byte that takes 20 s is waited for; a connection that has died is noticed.
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
+_S3_CONFIG = {
+    "connect_timeout": CONNECT_TIMEOUT,
+    "read_timeout": READ_TIMEOUT,
+    "retries": {"mode": "standard", "total_max_attempts": 1},
+}
 
 # What a store's library raises when the store, the network or the URL is at fault; the rest is a bug.
 _STORE_ERRORS = (OSError, BotoCoreError, ClientError, HttpConnectionError, ClientPayloadError, StillFailingError)
@@ -61,13 +68,18 @@ def resolve(url: str) -> tuple[Any, str]:
     """
     if not url:
         raise UsageError("an empty URL: give a path, file://..., s3://bucket/... or another fsspec URL")
-    of_s3 = url.startswith(("s3://", "s3a://"))
+    scheme = url.partition("://")[0] if "://" in url else "file"
+    if scheme in ("file", "local"):
+        # Not by `url_to_fs`, for which a `::` in a name chains one store to another; so too in a bucket.
+        return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url))
+    if scheme in ("s3", "s3a"):
+        s3 = get_filesystem_class(scheme)(use_listings_cache=False, config_kwargs=_S3_CONFIG)
+        s3.retries = 1  # s3fs's own tries of a call
+        return s3, str(s3._strip_protocol(url))
     try:
-        store, path = url_to_fs(url, use_listings_cache=False, **(_s3_options() if of_s3 else {}))
+        store, path = url_to_fs(url, use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise UsageError(f"{url}: {one_line(error)}; give a path, file://... or s3://bucket/...") from error
-    if of_s3:
-        store.retries = 1  # s3fs's own tries of a call
     return store, str(path)
 
 
@@ -123,15 +135,6 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _s3_options() -> dict[str, Any]:
-    config = {
-        "connect_timeout": CONNECT_TIMEOUT,
-        "read_timeout": READ_TIMEOUT,
-        "retries": {"mode": "standard", "total_max_attempts": 1},
-    }
-    return {"config_kwargs": config}
-
-
 def _explanation(url: str, error: BaseException) -> UsageError | JobError:
     effort = ""
     if isinstance(error, StillFailingError) and error.__cause__ is not None:
@@ -144,6 +147,8 @@ def _explanation(url: str, error: BaseException) -> UsageError | JobError:
         )
     if isinstance(error, FileNotFoundError):
         return UnreadableFileError(f"{url}: no such file or bucket; check the URL")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UnreadableFileError(f"{url}: {one_line(error)}; no file system takes such a name")
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
         return UnreadableFileError(f"{url}: {one_line(error)}; a folder where a file should be, or the reverse")
     if isinstance(error, PermissionError):

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from freesolo.data import files
-from freesolo.data.coco import category_index, sample_labels
+from freesolo.data.coco import category_index, category_names, sample_labels
 from freesolo.data.documents import differences
 from freesolo.data.shards import (
     FORMAT_VERSION,
@@ -305,7 +305,7 @@ def _refuse_empty_categories(
     empty = sorted(category for category, number in first.items() if number > count)
     if not empty:
         return
-    names = {category["id"]: str(category.get("name", category["id"])) for category in manifest.categories}
+    names = category_names(manifest.categories)
     named = ", ".join(names.get(category, str(category)) for category in empty[:_NAMED])
     needed = max(first.values())
     enough = next(

@@ -56,6 +56,7 @@ class ColumnRuns:
         if count == 0:
             none = torch.zeros(0, dtype=torch.int64, device=soft.device)
             return cls(0, height, width, none, none, none)
+        threshold = torch.tensor(threshold, dtype=soft.dtype).item()  # as the masks are compared with it
         wide = functional.interpolate(soft[:, None], size=(rows, width), mode="bilinear", align_corners=False)[:, 0]
         wide = wide.transpose(1, 2).flatten(0, 1)  # the columns of all masks, (N * width, h)
         # Above and below the mask there is nothing: each column begins as often as it ends.

@@ -16,7 +16,6 @@ import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import AwsStandardS3RetryStrategy
 from ray.train import Checkpoint
-from s3fs import S3FileSystem
 
 from freesolo.data.stores import CONNECT_TIMEOUT, READ_TIMEOUT, resolve
 
@@ -44,7 +43,7 @@ def checkpoint_storage(url: str) -> tuple[str, pyarrow.fs.FileSystem | None]:
     store, path = resolve(url)
     if isinstance(store, LocalFileSystem):
         return str(Path(path).resolve()), None
-    if not isinstance(store, S3FileSystem):
+    if "s3" not in store.protocol:
         return url, None
     # Of the bucket alone: pyarrow takes `#`, `?` and `%` in a URL for more than characters of a name, as nothing else
     # here does.

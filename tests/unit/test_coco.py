@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -19,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from freesolo.data.coco import (
     annotation_rle,
     category_index,
+    category_names,
     export_coco,
     ground_truth,
     sample_labels,
@@ -263,6 +265,26 @@ def test_ground_truth_has_what_evaluation_needs(url: str) -> None:
         assert (annotation["iscrowd"], annotation["area"], annotation["bbox"]) == (0, 9, [1, 2, 3, 3])
         np.testing.assert_array_equal(coco_mask.decode(annotation["segmentation"]), square(2, 1, 3))
     assert (by_id[8]["iscrowd"], by_id[8]["area"]) == (1, 48)
+
+
+@pytest.mark.parametrize("named", [{}, {"image_id": 2}])
+def test_an_annotation_belongs_to_the_photo_that_it_lies_with(url: str, named: dict[str, int]) -> None:
+    data_set(url, [replace(sample(9), annotations=(POLYGON | named,)), sample(2)])
+    assert [annotation["image_id"] for annotation in ground_truth(url)["annotations"]] == [9]
+    assert [annotation["image_id"] for annotation in export_coco(url)["annotations"]] == [9]
+
+
+@pytest.mark.parametrize("number", ["x", None, [1], 1.5])
+def test_an_annotation_whose_number_is_none_is_told_where_it_is_used(url: str, number: Any) -> None:
+    data_set(url, [sample(9, POLYGON | {"id": number}, RLE)])
+    with pytest.raises(UsageError, match=r"is damaged: id=.* is not a whole number"):
+        ground_truth(url)
+    assert [annotation["id"] for annotation in export_coco(url)["annotations"]] == [number, 6]
+
+
+def test_categories_of_one_name_are_told_apart() -> None:
+    categories = [{"id": 3, "name": "fish"}, {"id": 7}, {"id": 18, "name": "fish"}]
+    assert category_names(categories) == {3: "fish (3)", 7: "7", 18: "fish (18)"}
 
 
 def test_ground_truth_is_that_of_its_shards(url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from freesolo.data.labels import LabelPlan, LabelSet, begin_label_set, finish_la
 from freesolo.data.order import Order, Span
 from freesolo.data.reading import PieceReader
 from freesolo.data.shards import DatasetManifest, Sample, shard_name, write_dataset_manifest, write_shard
+from freesolo.errors import UsageError
 from freesolo.gallery import TRUTH, gallery
 from freesolo.inference.batches import BatchPlan, decode_batch, read_batches
 from freesolo.settings import DEFAULT_BOUNDS
@@ -54,12 +56,12 @@ def restore(url: str, whole: bytes) -> None:
     (Path(url) / f"{shard_name(1)}.tar").write_bytes(whole)
 
 
-def label(url: str, manifest: DatasetManifest) -> LabelSet:
+def label(url: str, manifest: DatasetManifest, *, model: dict[str, Any] | None = None, category: int = 0) -> LabelSet:
     """By the extraction's own reading, with an object where the annotations have one."""
     labels_url = f"{url}-labels"
-    begin_label_set(labels_url, LabelPlan(manifest.digest, url, "predictions", {}, {}, None))
+    begin_label_set(labels_url, LabelPlan(manifest.digest, url, "predictions", model or {}, {}, None))
     rle = annotation_rle({"bbox": BOX}, SIDE, SIDE)
-    found = (LabelledInstance(0, rle, (8.0, 16.0, 24.0, 32.0), 0.9, 0, np.zeros(0, np.float16)),)
+    found = (LabelledInstance(0, rle, (8.0, 16.0, 24.0, 32.0), 0.9, category, np.zeros(0, np.float16)),)
     for shard in manifest.shards:
         records: dict[int, ImageLabels] = {}
         for batch in read_batches(url, shard, PLAN):
@@ -136,6 +138,13 @@ def test_a_gallery_shows_what_is_left(
     assert [record.message.partition(":")[0] for record in caplog.records] == ["left out of the gallery"] * (
         not restored
     )
+
+
+def test_a_label_of_a_category_that_its_model_has_not_is_refused(data: tuple[str, DatasetManifest]) -> None:
+    url, manifest = data
+    labels = label(url, manifest, model={"categories": [{"id": 1, "name": "object"}]}, category=3)
+    with pytest.raises(UsageError, match="its category 3 is none of 1"):
+        compare(url, {"found": labels.url})
 
 
 def test_a_gallery_goes_on_after_a_shard_that_is_missing(data: tuple[str, DatasetManifest]) -> None:

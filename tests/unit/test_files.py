@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import socket
+import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,82 @@ def test_a_relative_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert files.glob_files("photos/*.jpg") == ("photos", ["1.jpg"])
     assert files.glob_files("*/1.jpg") == ("", ["photos/1.jpg"])
     assert files.read_bytes(files.join("", "photos/1.jpg")) == b"1"
+
+
+def test_a_relative_glob_in_a_folder_whose_name_would_be_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run [1]").mkdir()
+    monkeypatch.chdir(tmp_path / "run [1]")
+    files.write_atomic("1.jpg", b"1")
+    assert files.glob_files("*.jpg") == ("", ["1.jpg"])
+    assert files.glob_files("./*.jpg") == (".", ["1.jpg"])
+    assert files.glob_files("../run */*.jpg") == ("..", ["run [1]/1.jpg"])
+
+
+def test_links_are_followed_but_not_into_what_they_lie_in(tmp_path: Path) -> None:
+    for name in ("in/a", "in/b/c", "other/d"):
+        files.write_atomic(str(tmp_path / name), b"x")
+    (tmp_path / "in" / "to-a-file").symlink_to("a")
+    (tmp_path / "in" / "to-a-folder").symlink_to(tmp_path / "other")
+    (tmp_path / "in" / "b" / "up").symlink_to("..")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "in" / "b")
+    (tmp_path / "in" / "nowhere").symlink_to("gone")
+    below = ["a", "b/c", "nowhere", "to-a-file", "to-a-folder/back/c", "to-a-folder/d"]
+    assert files.list_files(str(tmp_path / "in")) == below
+    assert files.list_files(str(tmp_path / "in"), depth=1) == ["a", "nowhere", "to-a-file"]
+    assert files.list_files(str(tmp_path / "in"), depth=2) == [name for name in below if name.count("/") < 2]
+    assert files.glob_files(str(tmp_path / "in" / "**")) == (str(tmp_path / "in"), below)
+    assert files.glob_files(str(tmp_path / "in" / "*")) == (str(tmp_path / "in"), ["a", "nowhere", "to-a-file"])
+    assert files.glob_files(str(tmp_path / "*" / "d")) == (str(tmp_path), ["other/d"])
+
+
+@pytest.mark.parametrize("name", ["x::y.jpg", "a b", "a#b", "a?b", "a%20b", "ä"])
+def test_a_name_is_taken_as_it_is(root: str, name: str) -> None:
+    if root.startswith("memory"):
+        pytest.skip("names of that store, which only tests use, are read as fsspec's syntax")
+    files.write_atomic(files.join(root, name), b"x")
+    assert files.read_bytes(files.join(root, name)) == b"x"
+    assert files.list_files(root) == [name]
+
+
+def test_a_server_that_does_not_tell_how_large_a_file_is() -> None:
+    with serving(b"some bytes, and no length") as url:
+        assert files.exists(url)
+        with pytest.raises(files.UnreadableFileError, match="does not tell how large it is; copy it"):
+            files.size(url)
+
+
+def test_a_name_that_is_too_long_is_one_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(files.UnreadableFileError, match="name too long"):
+        files.read_bytes(str(tmp_path / ("x" * 300)))
+
+
+@contextmanager
+def serving(body: bytes) -> Iterator[str]:
+    """An HTTP server that answers with a body and does not say how long it is."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(body)
+
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on the screen."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/file"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_a_writer_that_fails_leaves_what_was_there(root: str) -> None:

@@ -136,6 +136,16 @@ def test_a_killed_holder_of_this_machine_is_followed_at_once(url: str, holders: 
     assert claims(url) == []
 
 
+def test_a_killed_holder_that_nobody_has_looked_for_is_followed_at_once(url: str, holders: list[Holder]) -> None:
+    holders.append(Holder(url, live=600))
+    assert holders[0].says() == "held"
+    holders[0].process.kill()
+    os.waitid(os.P_PID, holders[0].process.pid, os.WEXITED | os.WNOWAIT)  # dead, and still in the table of processes
+    started = time.monotonic()
+    with held(url, time_to_live=600.0):
+        assert time.monotonic() - started < 30
+
+
 def test_a_holder_elsewhere_is_watched_for_the_time_to_live(tmp_path: Path) -> None:
     away = Claim("process 1 on elsewhere", "2026-01-01", "token", machine="another", pid=os.getpid(), started=0.0)
     write_atomic(join(str(tmp_path), "000007.json"), away.to_bytes())

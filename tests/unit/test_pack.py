@@ -241,6 +241,22 @@ def test_names_that_are_not_utf8(tmp_path: Path, target: str) -> None:
     assert all_samples(target)[0].file_name == "\N{REPLACEMENT CHARACTER}.jpg"
 
 
+def test_a_photo_of_such_a_name_that_cannot_be_read_is_passed_over(tmp_path: Path, target: str) -> None:
+    root = photos(tmp_path / "in", ["1.jpg"])
+    os.symlink(b"gone", os.fsencode(root) + b"/\xff.jpg")  # noqa: PTH211  no Path for such a name
+    (skipped,) = pack(root, target, max_bad_samples=0.5).skipped
+    assert skipped.file_name == "\N{REPLACEMENT CHARACTER}.jpg"
+    assert "\N{REPLACEMENT CHARACTER}.jpg: no such file" in skipped.reason
+
+
+def test_photos_in_a_linked_folder(tmp_path: Path, target: str) -> None:
+    photos(tmp_path / "elsewhere", ["2.jpg"])
+    root = photos(tmp_path / "in", ["1.jpg"])
+    Path(root, "linked").symlink_to(tmp_path / "elsewhere")
+    pack(root, target)
+    assert sorted(sample.file_name for sample in all_samples(target)) == ["1.jpg", "linked/2.jpg"]
+
+
 def test_a_data_set_is_not_overwritten(tmp_path: Path, target: str) -> None:
     root = photos(tmp_path / "in", ["1.jpg"])
     pack(root, target)

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
@@ -272,6 +273,13 @@ def test_what_is_not_a_data_sets_manifest_is_refused(url: str, text: str, messag
     with pytest.raises(UsageError, match=message) as caught:
         read_dataset_manifest(url)
     assert "manifest.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("categories", [({},), ({"id": "3"},), ({"id": 3}, {"id": 3})])
+def test_categories_without_numbers_of_their_own_are_refused(url: str, categories: tuple[dict[str, Any], ...]) -> None:
+    write_dataset_manifest(url, DatasetManifest(1, (), True, categories, ()))
+    with pytest.raises(UsageError, match=r"category ids .* are not numbers that differ; pack the data set again"):
+        read_dataset_manifest(url)
 
 
 def test_shard_names_and_indices_are_inverse() -> None:
