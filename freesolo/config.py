@@ -15,7 +15,9 @@ from pydantic import Field, JsonValue, model_validator
 from freesolo.config_file import parse_config
 from freesolo.errors import UsageError
 from freesolo.settings import (
+    MASK_LOSSES,
     BoundsSettings,
+    ColourSettings,
     ExtractSettings,
     Fraction,
     InferenceSettings,
@@ -38,6 +40,24 @@ from freesolo.space import Values, check_values, draw_trials, with_values
 
 BASE = "base"
 """The first row of ablations: what they are configured with, before a row sets anything."""
+
+ANNOTATIONS = "Annotations"
+"""What a data set's own objects are called beside those of label sets."""
+
+_CHANGES_NO_RESULT = {
+    "what is forgiven changes no result": [
+        f"{section}.max_bad_samples"
+        for section in ("pretrain.stream", "extract", "train.stream", "predict", "held_out")
+    ],
+    "how a training is looked at and kept changes no result": [
+        f"{loop}.{setting}"
+        for loop in ("pretrain.loop", "train.loop")
+        for setting in ("log_every", "checkpoint_every", "keep_checkpoints", "overlay_every", "record_samples")
+    ],
+    "what is made ready ahead changes no result": ["pretrain.stream.prefetch_batches", "train.stream.prefetch_batches"],
+    "each training begins with the backbone": ["train.initial_weights"],
+    "it is only looked at": ["pretrain.probe", "train.inference"],
+}
 
 _SEEDS = ("pretrain.loop.seed", "train.loop.seed")
 _ABLATED = ("rounds", "pretrain", "extract", "train", "predict", "held_out")
@@ -203,12 +223,14 @@ class EvaluateJob(Job):
     """`jobs/evaluate.py`."""
 
     dataset: Url  # annotated
-    labels: dict[str, Url]  # a name for each label set to compare, in the order of the table
+    labels: dict[PlainName, Url]  # a name for each label set to compare, in the order of the table
     gallery_images: NonNegative = 24
 
     @model_validator(mode="after")
     def _names_differ(self) -> EvaluateJob:
         _check_metric_names("labels", self.labels)
+        if ANNOTATIONS in self.labels:
+            raise ValueError(f"labels: {ANNOTATIONS} is what the data set's own are called; give another name")
         return self
 
 
@@ -365,14 +387,27 @@ class AblationJob(MethodJob):
 
 def _unused(job: MethodJob) -> dict[str, str]:
     """Settings on which nothing depends that the method makes, each with the reason; the whole sections come last."""
-    forgiving = ("pretrain.stream", "extract", "train.stream", "predict", "held_out")
-    unused = {f"{section}.max_bad_samples": "what is forgiven changes no result" for section in forgiving}
-    unused["train.initial_weights"] = "each training begins with the backbone"
-    unused["train.inference"] = "pictures of a training are made with it, and nothing else"
+    unused = {setting: reason for reason, settings in _CHANGES_NO_RESULT.items() for setting in settings}
+    unused |= _unused_in_training(job.train)
     if job.initial_backbone is not None:
         unused["pretrain"] = "with an initial_backbone nothing is pre-trained"
     if job.rounds == 0:
         unused["predict"] = "with rounds=0 nothing is labelled anew"
+    return unused
+
+
+def _unused_in_training(train: TrainSettings) -> dict[str, str]:
+    """What of `train` depends on others of its settings, and is not used with these."""
+    unused: dict[str, str] = {}
+    if not train.views.strong:
+        for setting in (*ColourSettings.model_fields, "erasing_probabilities", "copy_paste"):
+            unused[f"train.views.{setting}"] = "with strong=false there is no view that it is of"
+    losses = MASK_LOSSES[train.supervision]
+    for loss in {loss for those in MASK_LOSSES.values() for loss in those}.difference(losses):
+        unused[f"train.losses.{loss}"] = f"with supervision={train.supervision} there is no such loss"
+    if "pairwise" not in losses or not train.losses.pairwise:
+        for setting in ("pairwise_warmup_steps", "pairwise_min_similarity"):
+            unused[f"train.losses.{setting}"] = "there is no pairwise loss"
     return unused
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 
 import numpy as np
 
+from freesolo.config import ANNOTATIONS
 from freesolo.data.coco import sample_labels
 from freesolo.data.label_records import ImageLabels
 from freesolo.data.labels import LabelFileError, LabelSet, read_label_file, read_labels_of
@@ -16,8 +17,6 @@ from freesolo.data.shards import DatasetManifest, Sample, ShardError, read_datas
 from freesolo.ops.masks import decode_rle
 from freesolo.report.records import GalleryLayer, GalleryPhoto
 from freesolo.settings import DEFAULT_BOUNDS, BoundsSettings
-
-TRUTH = "Annotations"
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def _photo(sample: Sample, found: Mapping[str, ImageLabels], *, annotated: bool)
     pixels = decode_photo(sample.image_bytes, size=(sample.height, sample.width))
     layers = [_layer(name, labels) for name, labels in found.items()]
     if annotated:
-        layers.append(_layer(TRUTH, sample_labels(sample), scored=False))
+        layers.append(_layer(ANNOTATIONS, sample_labels(sample), scored=False))
     return GalleryPhoto(sample.file_name, pixels, tuple(layers))
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
-from freesolo.data.files import exists, join, read_bytes
-from freesolo.data.labels import LabelManifest, read_label_manifest
+from freesolo.data.files import exists, join
+from freesolo.data.labels import LabelManifest, read_label_manifest, read_label_plan
 from freesolo.data.shards import DatasetManifest, ShardError, read_dataset_manifest, read_shard
 from freesolo.errors import UsageError
 from freesolo.progress import progress
-from freesolo.stages import stages_of
+from freesolo.stages import read_result, stages_of
 
 
 def inspect(url: str, *, verify: bool = False) -> tuple[str, bool]:
@@ -71,8 +70,9 @@ def _damage(url: str, manifest: DatasetManifest, *, verify: bool) -> Iterator[st
 
 def _describe_label_set(url: str) -> tuple[str, bool]:
     if not exists(join(url, "manifest.json")):
-        plan = json.loads(read_bytes(join(url, "plan.json")))
-        return f"label set {url}\n  NOT WHOLE: being made, or its job was stopped; run that again\n{_plan(plan)}", False
+        dataset = read_label_plan(url).dataset_url
+        lines = [f"label set {url}", "  NOT WHOLE: being made, or its job was stopped; run that again"]
+        return "\n".join([*lines, f"  of data set {dataset}"]), False
     manifest = read_label_manifest(url)
     lines = [
         f"label set {url}",
@@ -91,20 +91,15 @@ def _damaged_files(url: str, manifest: LabelManifest) -> list[str]:
     return [file.name for file in manifest.files if not exists(join(url, f"{file.name}.parquet"))]
 
 
-def _plan(plan: dict[str, object]) -> str:
-    return f"  of data set {plan.get('dataset_url', '?')}"
-
-
 def _describe_run(url: str, stages: list[str]) -> tuple[str, bool]:
     lines, whole = [f"run {url}"], True
     for stage in stages:
-        result_url = join(url, stage, "result.json")
-        if not exists(result_url):
+        result = read_result(join(url, stage))
+        if result is None:
             lines.append(f"  {stage}: NOT FINISHED; submit the run again to go on")
             whole = False
             continue
-        result = json.loads(read_bytes(result_url))
-        counts = ", ".join(f"{count:,} {name}" for name, count in result["counts"].items())
-        outputs = ", ".join(result["outputs"].values())
-        lines.append(f"  {stage}: {result['seconds']:.0f} s; {counts or 'done'}; {outputs}")
+        counts = ", ".join(f"{count:,} {name}" for name, count in result.counts.items())
+        outputs = ", ".join(result.outputs.values())
+        lines.append(f"  {stage}: {result.seconds:.0f} s; {counts or 'done'}; {outputs}")
     return "\n".join(lines), whole

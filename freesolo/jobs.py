@@ -236,7 +236,7 @@ def _tracked_run(job: Job, folder: StageFolder, parent_url: str | None) -> Track
 
 def _labelled(folder: StageFolder, labels: str, result: LabellingResult, journal: Journal) -> StageResult:
     counts = {"images": result.images, "instances": result.instances, "unreadable": result.unreadable}
-    rate = {"images_per_second": result.images / result.seconds} if result.labelled_shards else {}
+    rate = {} if result.images_per_second is None else {"images_per_second": result.images_per_second}
     journal.append(0, {**counts, **rate})
     return StageResult(folder.stage, result.seconds, {"labels": labels}, counts, dict(rate))
 

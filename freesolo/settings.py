@@ -128,8 +128,19 @@ class OptimizerSettings(Settings):
     warmup_steps: NonNegative = 0
     warmup_factor: Fraction = 0.01  # the learning rate starts at this share of itself
     schedule: Literal["constant", "step", "cosine"] = "constant"
-    milestones: tuple[int, ...] = ()  # steps at which `step` multiplies the rate by 0.1
+    milestones: tuple[Positive, ...] = ()  # steps at which `step` multiplies the rate by 0.1
     gradient_clip_norm: float | None = Field(default=None, gt=0.0)
+
+    @model_validator(mode="after")
+    def _milestones_are_used(self) -> OptimizerSettings:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f"schedule={self.schedule} with milestones={list(self.milestones)}: `step` needs them, and no other "
+                "schedule has any; change one of them"
+            )
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones={list(self.milestones)}: must ascend, each once")
+        return self
 
 
 class LoopSettings(Settings):
@@ -311,6 +322,14 @@ class SoloModelSettings(Settings):
         return self
 
 
+MASK_LOSSES: dict[SupervisionKind, tuple[str, ...]] = {
+    "masks": ("dice",),
+    "boxes": ("max_projection", "pairwise"),
+    "free_masks": ("max_projection", "mean_projection", "pairwise", "embedding"),
+}
+"""The losses of each supervision beside the categories'."""
+
+
 class LossSettings(Settings):
     """Weights of the SOLO losses; the defaults are FreeSOLO's (arXiv:2202.12181) sec. 3.2."""
 
@@ -342,7 +361,7 @@ class SegmentationViewSettings(ColourSettings):
 
     short_sides: tuple[Positive, ...] = Field(default=(640, 672, 704, 736, 768, 800), min_length=1)
     long_side_max: Positive = 1333
-    size_divisor: Positive = 32
+    size_divisor: int = Field(default=32, gt=0, multiple_of=32)  # of the padded height and width
     flip_probability: Fraction = 0.5
     strong: bool = True  # train on a strong view beside the weak one
     erasing_probabilities: tuple[Fraction, ...] = (0.7, 0.5, 0.3)
@@ -366,11 +385,7 @@ class TrainSettings(Settings):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of all that such a training reports: its losses by term and summed, and what every training does."""
-        names = {
-            "masks": ("dice",),
-            "boxes": ("max_projection", "pairwise"),
-            "free_masks": ("max_projection", "mean_projection", "pairwise", "embedding"),
-        }[self.supervision]
+        names = MASK_LOSSES[self.supervision]
         terms = [name for name in names if name == "dice" or getattr(self.losses, name) > 0]
         return ("loss", "loss/category", *(f"loss/{term}" for term in terms), *LOOP_METRICS)
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from freesolo.config import Job
-from freesolo.data.documents import canonical_digest, differences
+from freesolo.data.documents import canonical_digest, differences, parse_fields
 from freesolo.data.files import exists, join, list_files, read_bytes, write_atomic
 from freesolo.data.lease import held
 from freesolo.errors import UsageError
@@ -60,7 +60,7 @@ class StageResult:
 
     Attributes:
         stage: Its name.
-        seconds: Time it took, all attempts' work that led to the result.
+        seconds: Time that the attempt took which ended it; of a stage that was killed and went on, the last one.
         outputs: URLs of what it made: `model`, `labels`, `report` ...
         counts: Images, instances, steps ...
         metrics: Last losses, or an evaluation's figures.
@@ -111,7 +111,7 @@ def _result_of_same(folder: StageFolder, wanted: dict[str, Any]) -> StageResult 
     Raises:
         UsageError: It was begun with other settings.
     """
-    settings_url, result_url = join(folder.url, "settings.json"), join(folder.url, "result.json")
+    settings_url = join(folder.url, "settings.json")
     if exists(settings_url):
         different = differences(json.loads(read_bytes(settings_url)), wanted)
         if different:
@@ -119,7 +119,22 @@ def _result_of_same(folder: StageFolder, wanted: dict[str, Any]) -> StageResult 
                 f"{folder.url}: run {folder.run_name!r} was started with other settings: {'; '.join(different[:3])}; "
                 "choose another --run-name, or the same settings"
             )
-    return StageResult(**json.loads(read_bytes(result_url))) if exists(result_url) else None
+    return read_result(folder.url)
+
+
+def read_result(stage_url: str) -> StageResult | None:
+    """What came of the stage in a folder; None if it is not done.
+
+    Raises:
+        UsageError: Its file is damaged.
+    """
+    url = join(stage_url, "result.json")
+    if not exists(url):
+        return None
+    try:
+        return parse_fields(StageResult, json.loads(read_bytes(url)))
+    except (ValueError, UsageError) as error:
+        raise UsageError(f"{url}: damaged ({error}); delete it, and submit the run again") from error
 
 
 def stages_of(run_url: str) -> list[str]:

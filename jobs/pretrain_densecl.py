@@ -1,6 +1,6 @@
 """Pre-train a backbone with DenseCL on unlabelled photos, and register it.
 
-python jobs/pretrain_densecl.py --config configs/pretrain/densecl_r50.yaml --run-name N --storage URL [k=v ...]
+python jobs/pretrain_densecl.py --config configs/pretrain/densecl_r50_coco.yaml --run-name N --storage URL [k=v ...]
 """
 
 import sys

@@ -284,7 +284,7 @@ def finish_label_set(url: str, dataset: DatasetManifest, *, written: Iterable[La
         UsageError: The label set was not begun, or for another data set.
         JobError: A file is missing, damaged or does not account for every image of its shard; names the first few.
     """
-    plan = _read_plan(url)
+    plan = read_label_plan(url)
     if plan.dataset_digest != dataset.digest:
         raise UsageError(f"{url}: {_other_dataset(plan)}")
     known = {file.name: file for file in written}
@@ -383,7 +383,13 @@ def _plan_text(plan: LabelPlan) -> str:
     return document_text({"format": PLAN_FORMAT, "format_version": FORMAT_VERSION, **asdict(plan)})
 
 
-def _read_plan(url: str) -> LabelPlan:
+def read_label_plan(url: str) -> LabelPlan:
+    """What the label set at `url`, finished or not, was begun with.
+
+    Raises:
+        UsageError: None was begun there, or the plan is damaged.
+        JobError: The store cannot be reached.
+    """
     location = files.join(url, PLAN_NAME)
     if not files.exists(location):
         raise UsageError(f"{url}: no label set was begun there (no {PLAN_NAME})")

@@ -27,7 +27,7 @@ from jaxtyping import Int64
 
 from freesolo.data import files
 from freesolo.data.coco import category_index, category_names, sample_labels
-from freesolo.data.documents import differences
+from freesolo.data.documents import differences, parse_json
 from freesolo.data.shards import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -348,7 +348,11 @@ def finished_subset(url: str, source: SubsetSource) -> DatasetManifest | None:
     """
     location = files.join(url, SOURCE_NAME)
     if files.exists(location):
-        different = differences(json.loads(files.read_bytes(location)), asdict(source))
+        try:
+            there = parse_json(files.read_bytes(location))
+        except ValueError as error:
+            raise UsageError(f"{location}: damaged ({error}); choose another --run-name") from error
+        different = differences(there, asdict(source))
         if different:
             raise UsageError(f"{url}: a subset of something else: {'; '.join(different)}; choose another --run-name")
     elif files.exists(files.join(url, MANIFEST_NAME)):

@@ -85,6 +85,13 @@ class LabellingResult:
     skipped_shards: tuple[str, ...]
 
     @property
+    def images_per_second(self) -> float | None:
+        """Of the shards that this run labelled; None for none."""
+        labelled = set(self.labelled_shards)
+        images = sum(file.images for file in self.manifest.files if file.name in labelled)
+        return images / self.seconds if images else None
+
+    @property
     def images(self) -> int:
         """Images of the label set, unreadable ones included."""
         return self.manifest.images

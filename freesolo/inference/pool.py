@@ -77,11 +77,13 @@ def label_batches(
     """
     if not shards:
         return
-    readers = reader_count(pool.resources.max_workers, check_cluster(pool.resources))
+    spare_cpus = check_cluster(pool.resources)
+    readers = reader_count(pool.resources.max_workers, spare_cpus)
+    decoders = decoder_count(pool.resources, readers, spare_cpus)
     with full_memory_told():
         weights = ray.put(dict(pool.weights))  # once on each node, however many actors there are
     with DataContext.current(_context(pool.resources)):  # a data set keeps the context that it was made in
-        dataset = _stream(pool, weights, dataset_url, shards, batches, readers)
+        dataset = _stream(pool, weights, dataset_url, shards, batches, readers, decoders)
     try:
         with full_memory_told(), _quiet_loggers(), closing(_rows(dataset)) as rows:
             yield from rows
@@ -100,6 +102,22 @@ def reader_count(workers: int, spare_cpus: float) -> int:
     return max(1, min(1 + workers // 2, affordable))
 
 
+def decoder_count(resources: ResourceSettings, readers: int, spare_cpus: float) -> int | None:
+    """Batches to decode at a time; None: as many as there are CPUs for.
+
+    Args:
+        resources: The actors', and what decoding may use.
+        readers: Shards that are read at a time.
+        spare_cpus: CPUs that the actors leave, or as many of them as reading and decoding may use.
+    """
+    # A network on a CPU is slower than a decoder; one on a GPU may need all the decoders that there can be.
+    needed = None if resources.gpus_per_worker else resources.max_workers
+    if resources.data_cpus is None:
+        return needed
+    affordable = max(1, math.floor((spare_cpus - readers * READ_CPUS) / DECODE_CPUS + 1e-6))
+    return affordable if needed is None else min(needed, affordable)
+
+
 def _stream(
     pool: ModelPool,
     weights: ray.ObjectRef[dict[str, Tensor]],
@@ -107,6 +125,7 @@ def _stream(
     shards: Sequence[ShardInfo],
     batches: BatchPlan,
     readers: int,
+    decoders: int | None,
 ) -> Dataset:
     resources = pool.resources
     read = ray.data.read_datasource(
@@ -120,8 +139,7 @@ def _stream(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=DECODE_CPUS,
-        # A network on a CPU is slower than a decoder; one on a GPU may need all the decoders that there can be.
-        compute=TaskPoolStrategy(None if resources.gpus_per_worker else resources.max_workers),
+        compute=TaskPoolStrategy(decoders),
     )
     labelled: Dataset = decoded.map_batches(
         _LabellingActor,

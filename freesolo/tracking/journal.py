@@ -122,6 +122,10 @@ class Journal:
             self.flush()
             shutil.rmtree(self._folder)
 
+    def discard(self) -> None:
+        """Delete the file on this machine; what is at the run's URL stays as it is."""
+        shutil.rmtree(self._folder)
+
     def _write(self, entry: Entry) -> None:
         record = {"step": entry.step, "time_ms": entry.time_ms, "metrics": _jsonable(entry.metrics)}
         line = json.dumps(record, allow_nan=False) + "\n"

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
+from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH
 from PIL import Image, UnidentifiedImageError
 
 from freesolo.data.files import join
@@ -249,8 +250,10 @@ def experiment_id(client: MlflowClient, server: TrackingServer, name: str) -> st
 
 
 def _spelled(name: str) -> str:
-    """A name as MLflow takes it: a label set may be called "Free Mask (R50, 800 px)", its metrics may not."""
-    return _NOT_IN_NAMES.sub("_", name)
+    """A name as MLflow takes it, which refuses all that comes with one that it does not: a category may be called
+    "mouse (animal)", or "a/", its metrics may not."""
+    parts = _NOT_IN_NAMES.sub("_", name)[:MAX_ENTITY_KEY_LENGTH].split("/")
+    return "/".join("_" if part in ("", ".") else part.replace("..", "__") for part in parts)  # no path's syntax
 
 
 @contextmanager

@@ -35,6 +35,8 @@ import psutil
 import torch
 
 from freesolo.config_file import dump_config
+from freesolo.data.files import join
+from freesolo.data.lease import held
 from freesolo.errors import JobError, UsageError
 from freesolo.provenance import git_commit, package_version
 from freesolo.settings import Settings
@@ -193,6 +195,7 @@ def deliver_later(run_url: str, *, timeout: float | int = 60.0) -> Delivery:
 
     Raises:
         UsageError: The run has never had an MLflow run.
+        LeaseError: It has not ended: who works on it delivers.
         UsageError, JobError: The run's folder cannot be read.
     """
     from freesolo.tracking.mlflow_run import MlflowRun
@@ -200,14 +203,15 @@ def deliver_later(run_url: str, *, timeout: float | int = 60.0) -> Delivery:
     record = read_record(run_url)
     if record is None:
         raise UsageError(f"{run_url}: no {RECORD_NAME}: this run was never to be sent to MLflow")
-    journal = Journal(run_url, resume_step=None)
-    spool = Spool(_spool_folder(record.token))
-    courier = Courier(journal, spool, MlflowRun(run_url, record), explain=lambda error: explain(record.uri, error))
-    courier.start()
-    delivery = courier.close(record.status or "KILLED", timeout)
-    if delivery.reason is None:
-        spool.delete()
-    journal.close()
+    with held(join(run_url, ".lease")):
+        journal = Journal(run_url, resume_step=None)
+        spool = Spool(_spool_folder(record.token))
+        courier = Courier(journal, spool, MlflowRun(run_url, record), explain=lambda error: explain(record.uri, error))
+        courier.start()
+        delivery = courier.close(record.status or "KILLED", timeout)
+        if delivery.reason is None:
+            spool.delete()
+        journal.discard()  # it was only read
     return delivery
 
 

@@ -52,6 +52,29 @@ def test_a_row_without_effect_is_refused_where_it_has_none() -> None:
         ablation_job(labelled, "rounds=0")
 
 
+@pytest.mark.parametrize(
+    ("base", "row", "reason"),
+    [
+        ("train.views.strong=false", "train.views.copy_paste: false", "with strong=false there is no view"),
+        ("train.views.strong=false", "train.views.erasing_probabilities: []", "with strong=false there is no view"),
+        ("train.views.strong=false", "train.views.hue: 0.0", "with strong=false there is no view"),
+        ("train.supervision=free_masks", "train.losses.dice: 1.0", "with supervision=free_masks there is no such loss"),
+        ("train.supervision=boxes", "train.losses.embedding: 1.0", "with supervision=boxes there is no such loss"),
+        ("train.losses.pairwise=0.0", "train.losses.pairwise_warmup_steps: 7", "there is no pairwise loss"),
+        ("rounds=1", "train.loop.log_every: 7", "how a training is looked at and kept changes no result"),
+        ("rounds=1", "pretrain.probe.photos: 7", "it is only looked at"),
+        ("rounds=1", "train.stream.prefetch_batches: 7", "what is made ready ahead changes no result"),
+    ],
+)
+def test_a_row_of_settings_that_others_switch_off_is_refused(base: str, row: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=rf"rows.a: is the same as base .*{reason}"):
+        ablation_job(f"rows={{a: {{{row}}}}}", base)
+
+
+def test_a_row_that_switches_on_what_it_sets_is_run() -> None:
+    ablation_job("rows={a: {train.views.strong: true, train.views.copy_paste: true}}", "train.views.strong=false")
+
+
 def test_what_is_forgiven_is_known_to_change_nothing() -> None:
     """Stages drop it wherever it is (`what_is_made`), so rows that set any of it would share all of their stages."""
     job = ablation_job("rows={}")
@@ -112,7 +135,7 @@ def test_a_seed_is_of_the_pre_training_and_of_the_training() -> None:
         ("rows={a: {train.initial_weights: x.pt}}", r"rows.a: is the same as base \(train.initial_weights: each train"),
         (
             "rows={a: {train.inference.min_score: 0.5}}",
-            r"rows.a: is the same as base \(train.inference.min_score: pict",
+            r"rows.a: is the same as base \(train.inference.min_score: it is only looked at",
         ),
         (
             "rows={a: {rounds: 0}, b: {rounds: 0, predict.short_side: 64}}",

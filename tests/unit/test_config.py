@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -125,6 +126,43 @@ def test_label_sets_have_metrics_of_their_own() -> None:
     raw = {"dataset": "d", "labels": {"Free Mask": "a", "Free_Mask": "b", "SOLO": "c"}}
     with pytest.raises(UsageError, match=r"labels: 2 of them would be Free_Mask among the metrics"):
         parse_config(EvaluateJob, raw, source="here")
+
+
+@pytest.mark.parametrize("name", ["SOLO (a)", "a/b", "../a", "", "x" * 51])
+def test_names_of_label_sets_are_plain(name: str) -> None:
+    with pytest.raises(UsageError, match="labels"):
+        parse_config(EvaluateJob, {"dataset": "d", "labels": {name: "a"}}, source="here")
+
+
+def test_a_label_set_is_not_called_as_the_data_sets_own_are() -> None:
+    with pytest.raises(UsageError, match="labels: Annotations is what the data set's own are called"):
+        parse_config(EvaluateJob, {"dataset": "d", "labels": {"Annotations": "a"}}, source="here")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ({"milestones": [5]}, "schedule=constant with milestones=.5.: `step` needs them"),
+        ({"schedule": "cosine", "milestones": [5]}, "schedule=cosine with milestones"),
+        ({"schedule": "step"}, "schedule=step with milestones=.."),
+        ({"schedule": "step", "milestones": [5, 5]}, "must ascend, each once"),
+        ({"schedule": "step", "milestones": [7, 5]}, "must ascend, each once"),
+        ({"schedule": "step", "milestones": [0]}, "greater than 0"),
+    ],
+)
+def test_milestones_are_of_the_schedule_that_has_them(optimizer: dict[str, Any], message: str) -> None:
+    raw = {
+        "dataset": "d",
+        "train": {"loop": {"steps": 3, "batch_size": 4}, "optimizer": {"learning_rate": 0.1, **optimizer}},
+    }
+    with pytest.raises(UsageError, match=message):
+        parse_config(TrainJob, raw, source="here")
+
+
+def test_photos_are_padded_to_what_the_network_takes() -> None:
+    raw = {"dataset": "d", "train": {"loop": {"steps": 3, "batch_size": 4}, "views": {"size_divisor": 16}}}
+    with pytest.raises(UsageError, match=r"train\.views\.size_divisor=16: input should be a multiple of 32"):
+        parse_config(TrainJob, raw, source="here")
 
 
 def test_a_pipeline_checks_each_of_its_stages() -> None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from freesolo.comparison import compare
+from freesolo.config import ANNOTATIONS
 from freesolo.data.coco import annotation_rle, export_coco
 from freesolo.data.label_records import ImageLabels, LabelledInstance
 from freesolo.data.labels import LabelPlan, LabelSet, begin_label_set, finish_label_set, write_label_file
@@ -19,7 +20,7 @@ from freesolo.data.order import Order, Span
 from freesolo.data.reading import PieceReader
 from freesolo.data.shards import DatasetManifest, Sample, shard_name, write_dataset_manifest, write_shard
 from freesolo.errors import UsageError
-from freesolo.gallery import TRUTH, gallery
+from freesolo.gallery import gallery
 from freesolo.inference.batches import BatchPlan, decode_batch, read_batches
 from freesolo.settings import DEFAULT_BOUNDS
 
@@ -134,7 +135,7 @@ def test_a_gallery_shows_what_is_left(
     with caplog.at_level(logging.WARNING):
         photos = gallery(url, {"found": labels.url}, images=10)
     assert [photo.file_name for photo in photos] == ["0.png", "1.png", "2.png", "3.png"]
-    assert [layer.name for layer in photos[0].layers] == ["found", TRUTH]
+    assert [layer.name for layer in photos[0].layers] == ["found", ANNOTATIONS]
     assert [record.message.partition(":")[0] for record in caplog.records] == ["left out of the gallery"] * (
         not restored
     )

@@ -28,7 +28,7 @@ from freesolo.inference.batches import (
 )
 from freesolo.inference.labellers import labelled_instances
 from freesolo.inference.pipeline import plan_settings
-from freesolo.inference.pool import DECODE_CPUS, READ_CPUS, reader_count
+from freesolo.inference.pool import DECODE_CPUS, READ_CPUS, decoder_count, reader_count
 from freesolo.ops.masks import boxes_xywh, decode_rle, encode_rle
 from freesolo.settings import BoundsSettings, ExtractSettings, PredictSettings, ResourceSettings
 
@@ -272,6 +272,23 @@ def test_readers_always_leave_a_decoder_its_cpu(workers: int, spare: float) -> N
 
     assert 1 <= readers <= 1 + workers // 2
     assert readers * READ_CPUS + DECODE_CPUS <= spare + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("resources", "readers", "spare", "decoders"),
+    [
+        ({"workers": 3}, 2, 8.0, 3),  # on CPUs, no more than actors
+        ({"workers": 3, "data_cpus": 2}, 2, 2.0, 2),
+        ({"workers": 3, "data_cpus": 1}, 1, 1.0, 1),
+        ({"workers": 2, "gpus_per_worker": 1.0}, 2, 30.0, None),  # on GPUs, as many as there can be
+        ({"workers": 2, "gpus_per_worker": 1.0, "data_cpus": 10}, 2, 10.0, 10),  # 0.2 for the readers, 0.9 for each
+        ({"workers": 2, "gpus_per_worker": 1.0, "data_cpus": 1}, 1, 1.0, 1),
+    ],
+)
+def test_decoders_use_no_more_cpus_than_reading_and_decoding_may(
+    resources: dict[str, float | int], readers: int, spare: float, decoders: int | None
+) -> None:
+    assert decoder_count(ResourceSettings.model_validate(resources), readers, spare) == decoders
 
 
 def test_what_a_label_set_is_made_with_leaves_out_what_does_not_change_it() -> None:

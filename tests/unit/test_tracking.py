@@ -23,8 +23,10 @@ from PIL import Image
 from freesolo.cli import main
 from freesolo.config import PretrainJob
 from freesolo.config_file import load_config
+from freesolo.data.lease import LeaseError, held
 from freesolo.errors import JobError, UsageError
 from freesolo.settings import LoopSettings, PretrainSettings, TrackingSettings
+from freesolo.tracking.courier import Courier, Delivery
 from freesolo.tracking.journal import Journal
 from freesolo.tracking.record import RECORD_NAME, read_record
 from freesolo.tracking.server import TrackingServer, explain, request_limits, resolve_server
@@ -343,12 +345,32 @@ def test_names_that_mlflow_refuses_are_respelled(
     assert history(client, running.witness.run_id, spelled) == [(0, 1.0), (1, 1.0)]
 
 
+def test_names_that_would_be_odd_paths_or_are_too_long(
+    start: Callable[..., Running], run: TrackedRun, client: MlflowClient
+) -> None:
+    """A category may have any name."""
+    names = {"a/": "a/_", "/b": "_/b", "c//d": "c/_/d", "../e": "__/e", "f/./g": "f/_/g", "x" * 300: "x" * 250}
+    running = start(run)
+    running.journal.append(0, {"loss": 1.0, **dict.fromkeys(names, 2.0)})
+    running.witness.params(dict.fromkeys(names, "3"))
+    assert running.end().reason is None
+    told = client.get_run(str(running.witness.run_id)).data
+    assert {told.metrics[spelled] for spelled in names.values()} == {2.0}
+    assert {told.params[spelled] for spelled in names.values()} == {"3"}
+    assert told.metrics["loss"] == 1.0
+
+
 def test_a_metric_that_mlflow_refuses_costs_no_other(
     start: Callable[..., Running], run: TrackedRun, client: MlflowClient
 ) -> None:
-    running = start(run)
-    running.journal.append(0, {"loss": 1.0})
-    running.journal.append(1, {"x" * 300: 1.0})
+    # Of a machine whose clock was before 1970.
+    Path(run.run_url).mkdir(parents=True)
+    lines = [
+        '{"step": 0, "time_ms": 5, "metrics": {"loss": 1.0}}',
+        '{"step": 1, "time_ms": -5, "metrics": {"loss": 2.0}}',
+    ]
+    Path(run.run_url, "metrics.jsonl").write_text("\n".join([*lines, ""]))
+    running = start(run, resume_step=2)
     running.journal.append(2, {"loss": 3.0})
     delivery = running.end()
     assert delivery.undelivered == 1
@@ -393,6 +415,35 @@ def test_a_server_that_is_away_is_reported_and_told_later(
     assert artifacts(client, str(record.run_id)) == ["note.txt"]
     assert deliver_later(run.run_url).undelivered == 0
     assert history(client, record.run_id, "loss") == [(0, 1.0)]
+
+
+def test_a_run_under_way_is_not_delivered_for_it(start: Callable[..., Running], run: TrackedRun) -> None:
+    running = start(run)
+    running.journal.append(0, {"loss": 1.0})
+    with held(f"{run.run_url}/.lease"), pytest.raises(LeaseError, match="is at work on this"):
+        deliver_later(run.run_url)
+    assert running.end().reason is None
+
+
+def test_what_is_delivered_stays_as_the_run_wrote_it(
+    start: Callable[..., Running], run: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job that follows may write while a delivery ends."""
+    running = start(run)
+    running.journal.append(0, {"loss": 1.0})
+    running.end()
+    written = Path(run.run_url, "metrics.jsonl")
+    later = written.read_text() + '{"step": 1, "time_ms": 5, "metrics": {"loss": 0.5}}\n'
+    close = Courier.close
+
+    def close_late(self: Courier, *arguments: Any) -> Delivery:
+        delivery = close(self, *arguments)
+        written.write_text(later)
+        return delivery
+
+    monkeypatch.setattr(Courier, "close", close_late)
+    deliver_later(run.run_url)
+    assert written.read_text() == later
 
 
 def test_deliver_sends_a_run_and_its_stages_what_they_missed(
