@@ -132,6 +132,8 @@ def _from_caffe2(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _caffe2_name(key: str) -> str:
+    if key.endswith("_momentum"):
+        return key  # the optimiser's, of whichever tensor
     if key in ("conv1_w", "conv1_b"):
         return "conv1.weight" if key.endswith("w") else "conv1.bias"
     stem = re.fullmatch(r"res_conv1_bn_(\w+)", key)

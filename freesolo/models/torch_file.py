@@ -99,9 +99,13 @@ def _check_values(content: Any) -> None:
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     # A tensor may say that it has a billion numbers, all of them the one that is stored.
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise ValueError("a tensor that is sparse, quantised or without numbers")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        raise ValueError("a tensor that is sparse, nested, quantised or without numbers")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} with fewer numbers than that")
-    if not tensor.isfinite().all():
+    try:
+        is_finite = bool(tensor.isfinite().all())
+    except NotImplementedError as error:  # of some numbers of 8 bits and fewer
+        raise ValueError(f"{name} is of {tensor.dtype}, which is not read; convert it to float32") from error
+    if not is_finite:
         raise ValueError(f"{name} has values that are NaN or infinite")

@@ -188,10 +188,12 @@ def test_msras_weights_are_imported(tmp_path: Path) -> None:
     blobs = caffe2_blobs(state)
     assert {"conv1_w", "res_conv1_bn_s", "res2_0_branch1_bn_b", "res5_2_branch2c_w"} <= blobs.keys()
     blobs["conv1_b"] = np.linspace(-1, 1, 64, dtype=np.float32)
+    momentum = ("conv1_w_momentum", "res3_0_branch2a_w_momentum", "res_conv1_bn_s_momentum")  # Detectron's optimiser's
+    blobs |= {name: np.zeros(2, np.float32) for name in momentum}
     path = tmp_path / "R-50.pkl"
     path.write_bytes(pickle.dumps(blobs, protocol=2))
     imported = import_backbone(path, stride_in_1x1=True, pixels="bgr")
-    assert imported.report.ignored == ("fc.weight",)
+    assert sorted(imported.report.ignored) == sorted(("fc.weight", *momentum))
     pixels = photos()
     bgr = (pixels - torch.tensor(MEAN)[:, None, None]).flip(1)
     affine = {key: value.clone() for key, value in to_detectron2(state).items()}

@@ -160,7 +160,7 @@ def test_a_tensor_with_fewer_numbers_than_its_shape_is_refused(tmp_path: Path) -
     path = tmp_path / "bad.pt"
     for tensor in (torch.zeros(1).expand(10**12), torch.zeros(5, device="meta"), torch.zeros(5).to_sparse()):
         torch.save({"state_dict": {"w": tensor}}, path)
-        with pytest.raises(UsageError, match=r"fewer numbers than that|sparse, quantised or without numbers"):
+        with pytest.raises(UsageError, match=r"fewer numbers than that|sparse, nested, quantised or without numbers"):
             read_state_dict(path)
 
 
@@ -169,6 +169,13 @@ def test_values_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> N
     path = tmp_path / "spoiled.pt"
     torch.save({"state_dict": {"bn.running_var": torch.tensor([1.0, value]), "w": torch.zeros(2)}}, path)
     with pytest.raises(UsageError, match=r"state_dict\.bn\.running_var has values that are NaN or infinite"):
+        read_state_dict(path)
+
+
+def test_numbers_of_a_type_that_is_not_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "small.pt"
+    torch.save({"state_dict": {"w": torch.zeros(2).to(torch.float8_e4m3fn)}}, path)
+    with pytest.raises(UsageError, match=r"state_dict\.w is of torch\.float8_e4m3fn, which is not read; convert it"):
         read_state_dict(path)
 
 

@@ -55,6 +55,29 @@ def enlarged(maps: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_masks_are_made_outside_of_autocast(kind: str) -> None:
+    """As losses and pictures of a training in bfloat16 do."""
+    network = head(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        predictions = network(pyramid())
+    cell = torch.tensor([0, 30, CELLS - 1])
+    masks = network.mask_logits(predictions.each_image()[1], cell)
+    exact = network.mask_logits(network(pyramid()).each_image()[1], cell)
+    torch.testing.assert_close(masks.float(), exact, rtol=0.1, atol=0.1)
+    masks.float().sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_photo_of_maps_of_one_cell(kind: str) -> None:
+    network = Segmenter(model(kind)).initialise(torch.Generator().manual_seed(0)).eval()
+    photos = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        both, alone = network(photos), network(photos[:1])
+    torch.testing.assert_close(alone.category_logits, both.category_logits[:1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_says_the_same_of_cells_and_gives_masks_at_stride_4(kind: str) -> None:
     network = head(kind)
     predictions = network(pyramid())

@@ -166,9 +166,17 @@ def conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int) -> nn.
         raise ValueError(f"{out_channels} channels are not divisible by the {GROUPS} groups of GroupNorm")
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
-        nn.GroupNorm(GROUPS, out_channels),
+        _GroupNorm(GROUPS, out_channels),
         nn.ReLU(inplace=True),
     )
+
+
+class _GroupNorm(nn.GroupNorm):
+    """Takes one image's map of one cell too, which PyTorch's refuses where a group is one channel: what is left of a
+    number without others is the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def tower(in_channels: int, channels: int, depth: int) -> nn.Sequential:

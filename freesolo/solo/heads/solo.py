@@ -90,7 +90,9 @@ class SoloHead(Head[SoloPredictions]):
         features = tuple(enlarged(self.mask_tower(append_coordinates(level))) for level in levels)
         weights = torch.cat([output.weight.flatten(1) for output in convolutions(self.mask_outputs)])
         biases = torch.cat([output.bias for output in convolutions(self.mask_outputs) if output.bias is not None])
-        return SoloPredictions(category_logits, embeddings, features, weights, biases)
+        # Of one type, so that masks may be made outside of autocast: group norms are of one that depends on the device.
+        dtype = features[0].dtype
+        return SoloPredictions(category_logits, embeddings, features, weights.to(dtype), biases.to(dtype))
 
     def mask_logits(self, predictions: SoloPredictions, cell: Int64[Tensor, " P"]) -> Float[Tensor, "P h w"]:
         """As `Head.mask_logits`. Waits for the device."""
