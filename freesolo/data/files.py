@@ -7,6 +7,7 @@ for good is told in one line: what was tried, where, and what to do.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -24,6 +25,7 @@ from fsspec.utils import glob_translate
 from freesolo.data.stores import UnreadableFileError as UnreadableFileError  # callers meet it here
 from freesolo.data.stores import ask, explained, is_full, is_there_already, is_transient, resolve
 
+_LOG = logging.getLogger(__name__)
 _READ_BLOCK = 8 * 2**20
 
 
@@ -242,7 +244,8 @@ def atomic_writer(url: str) -> Iterator[BinaryIO]:
 def list_files(url: str, *, depth: int | None = None) -> list[str]:
     """Every file below the folder at `url`, relative to it, sorted; nothing where there is no folder.
 
-    Links are followed, though not into a folder that they lie in; one that leads nowhere is listed as a file.
+    Links are followed, though not into a folder that they lie in; one that leads nowhere is listed as a file. A folder
+    below that may not be read is told in the log.
 
     Args:
         url: Of the folder.
@@ -267,6 +270,11 @@ def _files_below(folder: str, depth: int | None, within: frozenset[str]) -> Iter
         with os.scandir(folder) as listing:
             entries = list(listing)
     except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError:
+        if len(within) == 1:
+            raise
+        _LOG.warning("%s: access denied; what is in it is left out", folder)  # as of a disk's lost+found
         return
     for entry in entries:
         if not entry.is_dir():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import threading
 import uuid
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3fs import S3FileSystem
@@ -118,6 +121,25 @@ def test_links_are_followed_but_not_into_what_they_lie_in(tmp_path: Path) -> Non
     assert files.glob_files(str(tmp_path / "in" / "**")) == (str(tmp_path / "in"), below)
     assert files.glob_files(str(tmp_path / "in" / "*")) == (str(tmp_path / "in"), ["a", "nowhere", "to-a-file"])
     assert files.glob_files(str(tmp_path / "*" / "d")) == (str(tmp_path), ["other/d"])
+
+
+def test_a_folder_that_may_not_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("in/a", "in/lost+found/b"):
+        files.write_atomic(str(tmp_path / name), b"x")
+    scandir = os.scandir
+
+    def refused(folder: str) -> Any:  # root may read everything
+        if folder.rstrip("/").endswith("lost+found"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert files.list_files(str(tmp_path / "in")) == ["a"]
+    assert "lost+found: access denied; what is in it is left out" in caplog.text
+    with pytest.raises(UsageError, match="access denied"):
+        files.list_files(str(tmp_path / "in" / "lost+found"))
 
 
 @pytest.mark.parametrize("name", ["x::y.jpg", "a b", "a#b", "a?b", "a%20b", "ä"])
