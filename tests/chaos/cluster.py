@@ -122,7 +122,10 @@ class Submission:
 
     def until(self, happened: Callable[[], object], *, what: str, seconds: float = 300.0) -> None:
         """Wait until something is true, as long as the job has not failed."""
-        wait_for(lambda: happened() or self._failed(), what=what, seconds=seconds)
+        try:
+            wait_for(lambda: happened() or self._failed(), what=what, seconds=seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.log.read_text()[-8000:]}") from None
         assert not self._failed(), f"the job failed before {what}: {self.log.read_text()[-8000:]}"
 
     def _failed(self) -> bool:
