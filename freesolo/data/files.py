@@ -260,8 +260,10 @@ def list_files(url: str, *, depth: int | None = None) -> list[str]:
         with explained(url):
             found = list(_files_below(root, depth, frozenset({os.path.realpath(root)})))
     else:
-        found = ask(url, lambda: store.find(path, maxdepth=depth))
-    return sorted(name.removeprefix(root) for name in found if name.startswith(root))
+        # All of them, however deep: fsspec's search to a depth takes a folder whose listing fails for an empty one.
+        found = ask(url, lambda: store.find(path))
+    names = sorted(name.removeprefix(root) for name in found if name.startswith(root))
+    return names if depth is None else [name for name in names if name.count("/") < depth]
 
 
 def _files_below(folder: str, depth: int | None, within: frozenset[str]) -> Iterator[str]:

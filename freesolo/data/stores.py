@@ -38,11 +38,6 @@ Result = TypeVar("Result")
 # Seconds. A first byte that takes 20 s is waited for; a connection that has died is noticed.
 CONNECT_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
-_S3_CONFIG = {
-    "connect_timeout": CONNECT_TIMEOUT,
-    "read_timeout": READ_TIMEOUT,
-    "retries": {"mode": "standard", "total_max_attempts": 1},
-}
 
 # What a store's library raises when the store, the network or the URL is at fault; the rest is a bug.
 _STORE_ERRORS = (OSError, BotoCoreError, ClientError, HttpConnectionError, ClientPayloadError, StillFailingError)
@@ -73,7 +68,7 @@ def resolve(url: str) -> tuple[Any, str]:
         # Not by `url_to_fs`, for which a `::` in a name chains one store to another; so too in a bucket.
         return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url))
     if scheme in ("s3", "s3a"):
-        s3 = get_filesystem_class(scheme)(use_listings_cache=False, config_kwargs=_S3_CONFIG)
+        s3 = get_filesystem_class(scheme)(use_listings_cache=False, config_kwargs=_s3_config())
         s3.retries = 1  # s3fs's own tries of a call
         return s3, str(s3._strip_protocol(url))
     try:
@@ -133,6 +128,14 @@ def is_there_already(error: BaseException) -> bool:
 def is_full(error: BaseException) -> bool:
     """Whether a disk, or someone's share of it, has no room left."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _s3_config() -> dict[str, Any]:
+    return {
+        "connect_timeout": CONNECT_TIMEOUT,
+        "read_timeout": READ_TIMEOUT,
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+    }
 
 
 def _explanation(url: str, error: BaseException) -> UsageError | JobError:
