@@ -79,7 +79,7 @@ test-trainings: $(READY)  ## Several trainings each: losses of workers, sweeps, 
 	@echo "test-trainings: about 13 minutes on 2 cores"
 	$(BIN)/python -m pytest -m "trainings and not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
-test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos, signals (about 45 minutes)
+test-slow: $(READY)  ## Minutes-long checks: overfitting real photos, memory, a demo of own photos, signals (about 30 minutes)
 	$(BIN)/python -m pytest -m "slow and not gpu and not chaos" --timeout=3600 --durations=10
 
 chaos: $(READY)  ## Jobs while things break, for build/chaos (its parts take about an hour together; root for hosts and disks)

@@ -224,7 +224,7 @@ def train_settings(job: FineTuneJob, fraction: float) -> TrainSettings:
     if job.min_steps is None:
         return job.train
     steps = min(max(part_of(loop.steps, fraction), job.min_steps), loop.steps)
-    milestones = tuple(round(milestone * steps / loop.steps) for milestone in optimizer.milestones)
+    milestones = tuple(max(1, round(milestone * steps / loop.steps)) for milestone in optimizer.milestones)
     return job.train.model_copy(
         update={
             "loop": loop.model_copy(update={"steps": steps}),

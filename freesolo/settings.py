@@ -138,8 +138,8 @@ class OptimizerSettings(Settings):
                 f"schedule={self.schedule} with milestones={list(self.milestones)}: `step` needs them, and no other "
                 "schedule has any; change one of them"
             )
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"milestones={list(self.milestones)}: must ascend, each once")
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"milestones={list(self.milestones)}: must ascend")
         return self
 
 

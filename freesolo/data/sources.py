@@ -69,8 +69,8 @@ def find_photos(source: str | Sequence[str], *, images: str | None = None) -> Ph
 
     Args:
         source: A folder (searched to any depth), a glob, a COCO JSON (a name that ends in `.json`), one photo, or a
-            list of photos; all URLs. In a folder and under a glob, hidden files and those without a photo's extension
-            are passed over; a list is taken as it is.
+            list of photos; all URLs. In a folder and under a glob, links are followed, hidden files and those without a
+            photo's extension are passed over; a list is taken as it is.
         images: The folder that a COCO JSON's file names are relative to. Default: the JSON's own folder, or `images`
             in it or beside it, whichever has the first photo.
 

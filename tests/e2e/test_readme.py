@@ -75,7 +75,7 @@ TINY = {
 }
 # From one start with half of the labels; tests/integration/test_fine_tuning.py has several.
 TINY["fine_tune"] = (
-    *(*TINY["train_solo"], "train.model.num_categories=1", "min_steps=1", "train.optimizer.milestones=[]"),
+    *(*TINY["train_solo"], "train.model.num_categories=1", "min_steps=1"),
     *("starts={FreeSOLO: models:/freesolo-r50@candidate}", "fractions=[0.5]"),
     *("held_out.short_side=64", "held_out.inference.min_category_score=0", "held_out.inference.min_score=0"),
 )

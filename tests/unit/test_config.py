@@ -145,8 +145,7 @@ def test_a_label_set_is_not_called_as_the_data_sets_own_are() -> None:
         ({"milestones": [5]}, "schedule=constant with milestones=.5.: `step` needs them"),
         ({"schedule": "cosine", "milestones": [5]}, "schedule=cosine with milestones"),
         ({"schedule": "step"}, "schedule=step with milestones=.."),
-        ({"schedule": "step", "milestones": [5, 5]}, "must ascend, each once"),
-        ({"schedule": "step", "milestones": [7, 5]}, "must ascend, each once"),
+        ({"schedule": "step", "milestones": [7, 5]}, "must ascend"),
         ({"schedule": "step", "milestones": [0]}, "greater than 0"),
     ],
 )

@@ -12,6 +12,7 @@ from freesolo.errors import UsageError
 from freesolo.evaluation import CategoryMetrics, Metrics, RegionMetrics
 from freesolo.fine_tuning import _Trained, train_settings, trends
 from freesolo.report.records import Trend
+from freesolo.settings import TrainSettings
 from freesolo.stages import StageFolder, StageResult
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,9 @@ def test_a_fraction_trains_for_as_many_epochs_but_no_less_than_it_must() -> None
     assert (many.loop.steps, many.optimizer.milestones) == (18000, (12000, 16000))
     assert train_settings(job.model_copy(update={"min_steps": 1}), 0.07).loop.steps == 6300  # of 90,000; in floats more
     assert train_settings(job, 1.0) == job.train
+    fewest = train_settings(job.model_copy(update={"min_steps": 1}), 0.00001)
+    assert (fewest.loop.steps, fewest.optimizer.milestones) == (1, (1, 1))
+    assert TrainSettings.model_validate(fewest.model_dump()) == fewest
     assert train_settings(job.model_copy(update={"min_steps": None}), 0.01) == job.train
 
 
