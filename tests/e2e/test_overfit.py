@@ -190,5 +190,5 @@ def test_eight_photos_are_learned_by_heart(
         # begin at 1.08 and 0.16; an object that is lost for good keeps its share of them (0.21 and 0.043 in a run with
         # an AP50 of 0.68).
         assert last["category"] < 0.01
-        assert last["max_projection"] < 0.3
-        assert last["mean_projection"] < 0.06
+        assert last["max_projection"] < 0.25
+        assert last["mean_projection"] < 0.05

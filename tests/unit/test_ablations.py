@@ -72,7 +72,10 @@ def test_a_row_of_settings_that_others_switch_off_is_refused(base: str, row: str
 
 
 def test_a_row_that_switches_on_what_it_sets_is_run() -> None:
-    ablation_job("rows={a: {train.views.strong: true, train.views.copy_paste: true}}", "train.views.strong=false")
+    job = ablation_job("rows={a: {train.views.strong: true, train.views.copy_paste: true}}", "train.views.strong=false")
+    base, row = job.row_job({}, 0).train.views, job.row_job(job.rows["a"], 0).train.views
+    assert not base.strong
+    assert (row.strong, row.copy_paste) == (True, True)
 
 
 def test_what_is_forgiven_is_known_to_change_nothing() -> None:
