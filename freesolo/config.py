@@ -15,9 +15,7 @@ from pydantic import Field, JsonValue, model_validator
 from freesolo.config_file import parse_config
 from freesolo.errors import UsageError
 from freesolo.settings import (
-    MASK_LOSSES,
     BoundsSettings,
-    ColourSettings,
     ExtractSettings,
     Fraction,
     InferenceSettings,
@@ -37,27 +35,13 @@ from freesolo.settings import (
     Weights,
 )
 from freesolo.space import Values, check_values, draw_trials, with_values
+from freesolo.unused import unused_settings, why_unused
 
 BASE = "base"
 """The first row of ablations: what they are configured with, before a row sets anything."""
 
 ANNOTATIONS = "Annotations"
 """What a data set's own objects are called beside those of label sets."""
-
-_CHANGES_NO_RESULT = {
-    "what is forgiven changes no result": [
-        f"{section}.max_bad_samples"
-        for section in ("pretrain.stream", "extract", "train.stream", "predict", "held_out")
-    ],
-    "how a training is looked at and kept changes no result": [
-        f"{loop}.{setting}"
-        for loop in ("pretrain.loop", "train.loop")
-        for setting in ("log_every", "checkpoint_every", "keep_checkpoints", "overlay_every", "record_samples")
-    ],
-    "what is made ready ahead changes no result": ["pretrain.stream.prefetch_batches", "train.stream.prefetch_batches"],
-    "each training begins with the backbone": ["train.initial_weights"],
-    "it is only looked at": ["pretrain.probe", "train.inference"],
-}
 
 _SEEDS = ("pretrain.loop.seed", "train.loop.seed")
 _ABLATED = ("rounds", "pretrain", "extract", "train", "predict", "held_out")
@@ -358,7 +342,9 @@ class AblationJob(MethodJob):
             job = self.row_job(values, self.seeds[0], source=where)
             run = _what_is_run(job)
             if same := next((other for other, its in seen.items() if its == run), None):
-                raise ValueError(f"{where}: is the same as {same}{_why_unused(job, values)}; set something that is run")
+                raise ValueError(
+                    f"{where}: is the same as {same}{why_unused(values, _unused(job))}; set something that is run"
+                )
             seen[name] = run
         return self
 
@@ -386,45 +372,12 @@ class AblationJob(MethodJob):
 
 
 def _unused(job: MethodJob) -> dict[str, str]:
-    """Settings on which nothing depends that the method makes, each with the reason; the whole sections come last."""
-    unused = {setting: reason for reason, settings in _CHANGES_NO_RESULT.items() for setting in settings}
-    unused |= _unused_in_training(job.train)
-    if job.initial_backbone is not None:
-        unused["pretrain"] = "with an initial_backbone nothing is pre-trained"
-    if job.rounds == 0:
-        unused["predict"] = "with rounds=0 nothing is labelled anew"
-    return unused
-
-
-def _unused_in_training(train: TrainSettings) -> dict[str, str]:
-    """What of `train` depends on others of its settings, and is not used with these."""
-    unused: dict[str, str] = {}
-    if not train.views.strong:
-        for setting in (*ColourSettings.model_fields, "erasing_probabilities", "copy_paste"):
-            unused[f"train.views.{setting}"] = "with strong=false there is no view that it is of"
-    losses = MASK_LOSSES[train.supervision]
-    for loss in {loss for those in MASK_LOSSES.values() for loss in those}.difference(losses):
-        unused[f"train.losses.{loss}"] = f"with supervision={train.supervision} there is no such loss"
-    if "pairwise" not in losses or not train.losses.pairwise:
-        for setting in ("pairwise_warmup_steps", "pairwise_min_similarity"):
-            unused[f"train.losses.{setting}"] = "there is no pairwise loss"
-    return unused
+    return unused_settings(job.train, pre_trains=job.initial_backbone is None, labels_anew=job.rounds > 0)
 
 
 def _what_is_run(job: MethodJob) -> dict[str, Any]:
     """The settings of a method that its results depend on; the others are null."""
     return with_values(job.model_dump(mode="json"), dict.fromkeys(_unused(job)))
-
-
-def _why_unused(job: MethodJob, values: Values) -> str:
-    """What of a row's settings is unused and why, for an error; empty where all are used."""
-    reasons = [
-        f"{setting}: {reason}"
-        for setting in values
-        for unused, reason in _unused(job).items()
-        if f"{setting}.".startswith(f"{unused}.")
-    ]
-    return f" ({'; '.join(reasons)})" if reasons else ""
 
 
 def _job_with(job: Job, kind: type[JobType], values: Values, *, source: str) -> JobType:
