@@ -13,7 +13,7 @@ import io
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -116,7 +116,9 @@ def cases(device: torch.device, sizes: Sizes = Sizes()) -> Iterator[Case[Any, An
                 assert_equal=partial(assert_batches, batch_size=batch_size),
                 repeats=5,
                 untimed=1,  # which bears the start
-                limit=partial(decode_all, (stored.photos * -(-count // sizes.photos))[:count]),
+                limit=partial(
+                    decode_alone, (stored.photos * -(-count // sizes.photos))[:count], instead_of=(ours, peers)
+                ),
             )
 
 
@@ -206,8 +208,10 @@ def collate_of(view: View) -> Callable[[Any, Sequence[Row]], Any]:
     return collate_crops if isinstance(view, ContrastiveView) else collate_photos
 
 
-def decode_all(photos: Sequence[bytes]) -> None:
-    """Whole, on all cores; libjpeg-turbo does not hold Python's lock."""
+def decode_alone(photos: Sequence[bytes], *, instead_of: Iterable[Turns]) -> None:
+    """Photos whole, on all cores, both ways being closed; libjpeg-turbo does not hold Python's lock."""
+    for turns in instead_of:
+        turns.close()
     with ThreadPoolExecutor(CORES) as threads:
         for _ in threads.map(simplejpeg.decode_jpeg, photos):
             pass

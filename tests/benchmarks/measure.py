@@ -34,7 +34,7 @@ class Case(Generic[Ours, Peers]):
         assert_equal: Raises AssertionError where our answer, its first argument, is not the peer's, its second.
         repeats: How many times each way is timed where nothing else is asked for: fewer where it takes long.
         flops: Floating-point operations of a call of ours; None where they are not what limits it.
-        untimed: Calls before each timed one, of a way that has something to start.
+        untimed: Calls before each timed one, of ways that have something to start, or to stop.
         limit: Does only what no way can do without; timed like them.
     """
 
@@ -168,12 +168,13 @@ def compare(case: Case[Any, Any], *, repeats: int | None = None, clock: Clock = 
     limit: list[float] = []
     for repeat in range(repeats or case.repeats):
         turns: list[tuple[Callable[[], object], list[float]]] = [(case.ours, ours), (case.peer, peer)]
-        for action, seconds in reversed(turns) if repeat % 2 else turns:
+        in_turn = turns[::-1] if repeat % 2 else turns
+        if case.limit is not None:
+            in_turn.append((case.limit, limit))
+        for action, seconds in in_turn:
             for _ in range(case.untimed):
                 action()
             seconds.append(_timed(action, clock))
-        if case.limit is not None:
-            limit.append(_timed(case.limit, clock))
     measured = (Measurement(tuple(seconds)) for seconds in (ours, peer))
     return Comparison(
         case.name, case.peer_name, *measured, flops=case.flops, limit=Measurement(tuple(limit)) if limit else None

@@ -122,7 +122,7 @@ def test_what_arithmetic_limits_says_how_near_it_comes():
 
 def test_what_has_a_limit_says_how_near_it_comes_and_uses_up_what_was_made_ready():
     fake = FakeWork()
-    limits = iter([1.0, 3.0, 1.0])
+    limits = iter([9.0, 1.0, 9.0, 3.0, 9.0, 1.0])
     case = replace(
         fake_case(fake, ours=[9.0, 9.0, 4.0, 9.0, 4.0, 9.0, 5.0], peer=[9.0, 9.0, 8.0, 9.0, 8.0, 9.0, 8.0]),
         untimed=1,
